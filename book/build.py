@@ -1,0 +1,344 @@
+"""Build the book: run studies, execute the chapters, assemble their pages, render the site.
+
+    python book/build.py [--study NAME ...] [--runs DIR] [--out DIR] [--executed DIR] [--jobs N]
+
+Everything is written under OUT/_build (OUT is the project's root unless given):
+executed/  chapters with their outputs, one file per state of what they read: nothing is executed twice
+lab/       the executed notebook of each condition, one folder per study
+source/    the tree that Jupyter Book renders
+html/      the site
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+SKIPPED = re.compile(r"^\s*#\s*\|\s*(slow\s*$|eval\s*:\s*false)", re.MULTILINE)
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+RENDER = "from jupyter_book.cli.main import main; main()"
+
+
+def duration(seconds):
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def stop(text):
+    say()
+    sys.exit(f"build.py: {text}")
+
+
+# ---- what there is to build ----
+
+def chapters():
+    """Names of the pages in _toc.yml, in its order."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    names = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    return [name for name in names if name != "lab/index"]
+
+
+def notebooks():
+    """Chapters that are notebooks: name → file. A chapter without a file is an error."""
+    found = {name: NBS / f"{name}.ipynb" for name in chapters() if not (ROOT / "book" / f"{name}.md").exists()}
+    missing = [name for name, path in found.items() if not path.exists()]
+    if missing:
+        stop(f"_toc.yml lists chapters that nbs/ does not have: {', '.join(missing)}")
+    return found
+
+
+def digest(paths, base):
+    """One hash over names and contents of files."""
+    sha = hashlib.sha256()
+    for path in sorted(paths):
+        sha.update(f"{path.relative_to(base)}\0".encode())
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def state(runs):
+    """What chapters depend on besides their own text: (instruments, chapters that read fresh runs too)."""
+    read = [ROOT / "constraints.txt", *(ROOT / "repspace").glob("*.py"),
+            *(p for folder in ("results", "nbs/experiments") for p in (ROOT / folder).rglob("*") if p.is_file())]
+    code = digest(read, ROOT)
+    return code, code + digest(runs.glob("*/*/*/run.json"), runs)
+
+
+# ---- executing ----
+
+def child_environment(runs, runtime):
+    """Kernels of this environment, whatever else the user's Jupyter, IPython and Matplotlib are set to."""
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1", "REPSPACE_RUNS": str(runs), "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",
+        # Short, because the names of ipc sockets are limited to about 100 characters.
+        "JUPYTER_RUNTIME_DIR": runtime, "IPYTHONDIR": f"{runtime}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    env.pop("MPLBACKEND", None)
+    return env
+
+
+def readable(source):
+    """The notebook at `source`, its cells marked `#| slow` or `#| eval: false` tagged so that they are not executed."""
+    import nbformat
+    notebook = nbformat.read(source, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and SKIPPED.search(cell.source):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
+    return notebook
+
+
+def start_worker(log):
+    """Kernels write their own messages (not those of cells) to the stderr they inherit."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+
+def execute(name, source, target):
+    """Execute one notebook into `target`; returns its name, the seconds, and the error as text or None."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+    start, partial = time.monotonic(), target.with_name(f".{target.name}")
+    config = Config({"KernelManager": {"transport": "ipc"}})
+    error = None
+    for attempt in range(3):
+        try:
+            papermill.execute_notebook(readable(source), partial, cwd=source.parent, kernel_name="python3", config=config,
+                                       progress_bar=False, execution_timeout=1800, start_timeout=180)
+            partial.rename(target)
+            return name, time.monotonic() - start, None
+        except PapermillExecutionError as failure:
+            trace = ANSI.sub("", "\n".join(failure.traceback)).splitlines()
+            shown = "\n".join((["..."] if len(trace) > 60 else []) + trace[-60:])
+            error = f"In [{failure.exec_count}], which is\n\n{failure.source}\n\n{shown}"
+            break
+        except Exception as failure:  # a kernel that did not start or died: worth another try
+            error = f"its kernel did not survive (tried {attempt + 1} times): {type(failure).__name__}: {failure}"
+    return name, time.monotonic() - start, error
+
+
+def execute_all(books, keys, folder, jobs, log):
+    """Execute what has changed; returns name → executed file and how many were executed."""
+    targets = {name: folder / f"{name}.{keys[name]}.ipynb" for name in books}
+    todo = [name for name, target in targets.items() if not target.exists()]
+    with ProcessPoolExecutor(max(1, min(jobs, len(todo))), mp_context=get_context("spawn"),
+                             initializer=start_worker, initargs=(log,)) as pool:
+        futures = []
+        for name in todo:
+            targets[name].parent.mkdir(parents=True, exist_ok=True)
+            futures.append(pool.submit(execute, name, books[name], targets[name]))
+        for count, future in enumerate(as_completed(futures), 1):
+            name, seconds, error = future.result()
+            if error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                stop(f"the chapter nbs/{name}.ipynb fails\n\n{error}")
+            say(f"  [{count:2}/{len(todo)}] {name:30} {duration(seconds):>10}")
+    for name in todo:  # an older state or two may be wanted again, by the tests or after a git checkout
+        old = sorted(folder.glob(f"{name}.*.ipynb"), key=lambda p: p.stat().st_mtime)[:-3]
+        for path in old:
+            path.unlink()
+    return targets, len(todo)
+
+
+# ---- assembling ----
+
+def page(path, hidden, title=None):
+    """An executed notebook as it is published: no traces of the machine, no progress bars, its own title."""
+    text = path.read_text()
+    for prefix, instead in hidden.items():
+        text = text.replace(prefix, instead)
+    notebook = json.loads(text)
+    notebook["metadata"].pop("papermill", None)
+    for cell in notebook["cells"]:
+        for key in ("papermill", "execution"):
+            cell["metadata"].pop(key, None)
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    if title:
+        first = next((c for c in notebook["cells"] if c["cell_type"] == "markdown"), None)
+        if first:
+            first["source"] = re.sub(r"\A\s*# .*", lambda _: f"# {title}", "".join(first["source"]))
+    return json.dumps(notebook, indent=1, ensure_ascii=False)
+
+
+def condition_title(slug):
+    """`digits.tiny-cnn.label-smoothing-0.1` → `digits · tiny-cnn · label smoothing 0.1`"""
+    data, model, regularizer = slug.split(".", 2)
+    return f"{data} · {model} · {re.sub('-', ' ', regularizer)}"
+
+
+def condition_row(page_name, slug, folder):
+    """One row of the lab log, from the run.json files of a condition."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
+    failed = len(list(folder.glob("*.failed.json")))
+
+    def mean(get):
+        return sum(map(get, runs)) / len(runs) if runs else float("nan")
+    return (f"| [{condition_title(slug)}]({page_name}) | {len(runs)}" + (f" ({failed} failed)" if failed else "")
+            + f" | {mean(lambda r: r['scalars']['accuracy']):.3f} | {mean(lambda r: r['seconds']['train']):.1f} s"
+            f" | {mean(lambda r: r['seconds']['measure']):.1f} s |")
+
+
+LAB = """# The lab log
+
+Every condition of a study is a notebook that was executed for this book: its parameters, its seeds, its
+training curves, what it left behind. A condition is a data set, an architecture, a regularizer and a
+recipe; each of its runs has a seed of its own. Nothing in the findings comes from anywhere but the
+records of such runs.
+"""
+LAB_EMPTY = """
+No condition has been executed in this folder yet: the findings of this copy of the book read the published
+records alone. `make book` runs the studies on the embedded digits, and this page then lists them.
+"""
+
+
+def assemble_lab(build, runs, hidden):
+    """Write the conditions' pages and the table that links them; returns their names."""
+    names, text = [], LAB
+    studies = sorted(p for p in (build / "lab").glob("*") if p.is_dir())
+    for study in studies:
+        text += (f"\n## {study.name}\n\n| condition | runs | accuracy, mean | training, per run | measuring, per run |\n"
+                 "|---|---|---|---|---|\n")
+        # Plain training first, as in every table of the book.
+        for path in sorted(study.glob("*.ipynb"), key=lambda p: (not p.stem.endswith(".none"), p.stem)):
+            name = f"lab/{study.name}/{path.stem}"
+            target = build / "source" / f"{name}.ipynb"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(page(path, hidden, condition_title(path.stem)))
+            text += condition_row(f"{study.name}/{path.name}", path.stem, runs / study.name / path.stem) + "\n"
+            names.append(name)
+    (build / "source/lab").mkdir(exist_ok=True)
+    (build / "source/lab/index.md").write_text(text if names else LAB + LAB_EMPTY)
+    return names
+
+
+def assemble(executed, build, runs):
+    """The tree that Jupyter Book renders, in build/source."""
+    source = build / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    hidden = {f"{build}/": "_build/", f"{runs}/": "runs/", f"{ROOT}/": "", f"{Path.home()}/": "~/"}
+    if Path.home() == Path("/"):
+        del hidden[f"{Path.home()}/"]
+    for name, path in executed.items():
+        target = source / f"{name}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page(path, hidden))
+    for name in chapters():
+        if name not in executed:
+            shutil.copy(ROOT / "book" / f"{name}.md", source / f"{name}.md")
+    lab = assemble_lab(build, runs, hidden)
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    for chapter in (c for part in toc["parts"] for c in part["chapters"]):
+        if chapter["file"] == "lab/index" and lab:
+            chapter["sections"] = [{"file": name} for name in lab]
+    (source / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+    for name in ("_config.yml", "references.bib"):
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "book/_static", source / "_static")
+    (source / "_ext").mkdir()
+    shutil.copy(ROOT / "book/repspace_book.py", source / "_ext")
+    experiments = sorted((NBS / "experiments").glob("*.yaml"))  # chapters may link to the studies
+    if experiments:
+        (source / "experiments").mkdir()
+    for path in experiments:
+        shutil.copy(path, source / "experiments")
+
+
+# ---- rendering ----
+
+def render(build, env):
+    """Render build/source into build/html, with every warning an error; returns False where it was up to date."""
+    source, html, stamp = build / "source", build / "html", build / "html.key"
+    key = digest([p for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts], source)
+    if (html / "index.html").exists() and stamp.exists() and stamp.read_text() == key:
+        return False
+    # From nothing every time: Sphinx does not repeat the warnings of pages it keeps, and keeps pages that are gone.
+    fresh = build / "rendering"
+    shutil.rmtree(fresh, ignore_errors=True)
+    command = [sys.executable, "-c", RENDER, "build", str(source), "--path-output", str(fresh),
+               "-W", "-n", "--keep-going", "-q"]
+    # Bytecode of the extension would be written into the source tree.
+    done = subprocess.run(command, env=env | {"PYTHONDONTWRITEBYTECODE": "1"}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        stop(f"the pages could not be rendered without warnings\n\n{ANSI.sub('', done.stdout)}")
+    shutil.rmtree(html, ignore_errors=True)
+    (fresh / "_build/html").rename(html)
+    shutil.rmtree(fresh)
+    stamp.write_text(key)
+    return True
+
+
+# ---- all of it ----
+
+def run_study(name, build, runs, env):
+    command = [sys.executable, "-m", "repspace.study", name, "--afresh",
+               "--notebooks", str(build / "lab" / name), "--runs", str(runs)]
+    if subprocess.run(command, env=env, cwd=ROOT).returncode:
+        stop(f"the study {name} has failed runs (see above); what is whole is kept, and `make book` goes on from there")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--study", action="append", default=[], metavar="NAME", help="run this study first")
+    parser.add_argument("--runs", type=Path, help="records are read from and written to here (default: REPSPACE_RUNS, runs/)")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder in which _build is made")
+    parser.add_argument("--executed", type=Path, help="keep executed chapters here (default: OUT/_build/executed)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chapters executed side by side")
+    args = parser.parse_args(argv)
+    build = args.out.resolve() / "_build"
+    runs = Path(args.runs or os.environ.get("REPSPACE_RUNS") or ROOT / "runs").resolve()
+    build.mkdir(parents=True, exist_ok=True)
+    took = []
+
+    def stage(name, work, *arguments):
+        say(f"\n{name}")
+        start = time.monotonic()
+        result = work(*arguments)
+        took.append((name, time.monotonic() - start))
+        return result
+
+    short = "/tmp" if Path("/tmp").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="book-", dir=short) as runtime:
+        env = child_environment(runs, runtime)
+        Path(env["IPYTHONDIR"]).mkdir()
+        os.environ.clear()
+        os.environ.update(env)
+        books = notebooks()
+        for name in args.study:
+            stage(f"Study {name}", run_study, name, build, runs, env)
+        code, records = state(runs)
+        keys = {name: hashlib.sha256(path.read_bytes() + (code if name.startswith("instruments/") else records).encode())
+                .hexdigest()[:16] for name, path in books.items()}
+        executed, count = stage(f"Chapters ({len(books)})", execute_all, books, keys,
+                                args.executed or build / "executed", args.jobs, build / "kernels.log")
+        say(f"  {count} executed, {len(books) - count} unchanged")
+        stage("Pages", assemble, executed, build, runs)
+        if not stage("Site", render, build, env):
+            say("  unchanged")
+
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    say()
+    for name, seconds in took:
+        say(f"{name:24} {duration(seconds):>12}")
+    say(f"{'Largest process':24} {peak:9.1f} GB")
+    say(f"\nThe book is here: {(build / 'html/index.html').as_uri()}")
+
+
+if __name__ == "__main__":
+    main()

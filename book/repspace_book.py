@@ -1,0 +1,50 @@
+"""Sphinx extension of the book: nbdev's directives stay out of the pages, and MathJax comes with the site."""
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.MULTILINE)
+HIDDEN = re.compile(r"^\s*#\s*\|\s*hide\s*$", re.MULTILINE)
+# What a page with TeX asks for; the package holds ten times as much.
+MATHJAX_PARTS = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2"]
+
+
+def strip_directives(notebook):
+    """`notebook` (a dict) without lines like `#| export`, and without the cells marked `#| hide`."""
+    kept = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"])
+            code = DIRECTIVE.sub("", source).strip("\n")
+            if HIDDEN.search(source) or not code.strip():
+                continue
+            cell = cell | {"source": code}
+        kept.append(cell)
+    return notebook | {"cells": kept}
+
+
+def on_source_read(app, docname, source):
+    if app.env.doc2path(docname).endswith(".ipynb"):
+        source[0] = json.dumps(strip_directives(json.loads(source[0])))
+
+
+def copy_mathjax(app, error):
+    if error is not None or app.builder.format != "html":
+        return
+    package = Path(find_spec("sphinx-mathjax-offline").submodule_search_locations[0], "static", "mathjax")
+    target = Path(app.outdir, "_static", "mathjax")
+    for part in MATHJAX_PARTS:
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
+        if (package / part).is_dir():
+            shutil.copytree(package / part, target / part, dirs_exist_ok=True)
+        else:
+            shutil.copy(package / part, target / part)
+
+
+def setup(app):
+    app.config.mathjax_path = "mathjax/tex-chtml.js"
+    app.connect("source-read", on_source_read)
+    app.connect("build-finished", copy_mathjax)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
