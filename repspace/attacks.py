@@ -125,22 +125,29 @@ def logits_of(model, x, batch_size=512):
     """Logits (N, K) of images `x`, batch by batch, in the mode that the model is in."""
     return torch.cat([model(batch) for batch in x.split(batch_size)])
 
-# %% ../nbs/instruments/attacks.ipynb #f8402acc
-def breaking_point(model, x, y, grid, attack=fgsm, batch_size=512):
+# %% ../nbs/instruments/attacks.ipynb #5555b3f3
+def breaking_point(model, x, y, grid, attack=fgsm, batch_size=512, known=None):
     """The smallest eps of `grid` (ascending, in pixel units) at which `attack` breaks each image.
 
-    `attack(model, x, y, eps)` gives images; it is run on the survivors only. Returns float64 (N,)
+    `attack(model, x, y, eps)` gives images; it is run on the survivors only. `known`: eps → bool
+    (N,), what has been found out already (at 0: the clean image is wrong). Returns float64 (N,)
     on the device of `x`: 0 where the clean image is wrong already, inf where no eps breaks it."""
-    grid, (x, y) = [check_eps(eps) for eps in grid], check_images(x, y)
-    if any(b <= a for a, b in zip([0, *grid], grid)):
-        raise ValueError(f"grid must be positive and ascending, but it is {grid}")
+    grid, (x, y), known = [check_eps(eps) for eps in grid], check_images(x, y), dict(known or {})
+    if any(b <= a for a, b in zip([0, *grid], grid)) or not set(known) <= {0, *grid}:
+        raise ValueError(f"grid must be positive and ascending, known of the grid or 0, but they are "
+                         f"{grid} and {list(known)}")
     breaks = torch.full(y.shape, math.inf, dtype=torch.float64, device=x.device)
     with frozen(model):
-        logits = logits_of(model, x, batch_size)
-        check_logits(logits, y)
-        breaks[logits.argmax(1) != y] = 0
-        for eps in grid:
-            for rows in breaks.isinf().nonzero()[:, 0].split(batch_size):
+        if 0 not in known:
+            logits = logits_of(model, x, batch_size)
+            check_logits(logits, y)
+            known[0] = logits.argmax(1) != y
+        for eps in [0, *grid]:
+            left = breaks.isinf()
+            if eps in known:
+                breaks[left & known[eps]] = eps
+                continue
+            for rows in left.nonzero()[:, 0].split(batch_size):
                 moved = attack(model, x[rows], y[rows], eps)
                 broken = logits_of(model, moved, batch_size).argmax(1) != y[rows]
                 breaks[rows[broken]] = eps

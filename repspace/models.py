@@ -56,7 +56,7 @@ def split(module, mean=None, std=None):
     head = _take_head(body)
     return Classifier(body, head, mean, std)
 
-# %% ../nbs/instruments/models.ipynb #d8d61eb1
+# %% ../nbs/instruments/models.ipynb #fba7c8a6
 def _tiny_cnn(in_channels, norm):
     """Two convolutions and a hidden layer of 64 with a ReLU, with batch normalization or without."""
     def layer(linear, norm_class):
@@ -64,7 +64,7 @@ def _tiny_cnn(in_channels, norm):
 
     return nn.Sequential(
         *layer(nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d), nn.ReLU(), nn.MaxPool2d(2),
-        *layer(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d), nn.ReLU(), nn.AdaptiveMaxPool2d(2),
+        *layer(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
         nn.Flatten(), *layer(nn.Linear(128, 64), nn.BatchNorm1d), nn.ReLU())
 
 # %% ../nbs/instruments/models.ipynb #f0becae3

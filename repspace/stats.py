@@ -6,14 +6,14 @@
 __all__ = ['verdicts', 'Interval', 'mean_interval', 'PairedEffect', 'paired_effect', 'Region', 'region', 'verdict', 'decision_p',
            'holm', 'Decision', 'decide', 'familywise_error', 'bootstrap_interval']
 
-# %% ../nbs/instruments/stats.ipynb #fefdf6c7
+# %% ../nbs/instruments/stats.ipynb #d3f45acc
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats as distributions
+from scipy.special import stdtr, stdtrit
 
-# %% ../nbs/instruments/stats.ipynb #224c77c1
+# %% ../nbs/instruments/stats.ipynb #440973d1
 class Interval(NamedTuple):
     """A mean with the two ends of its interval."""
     mean: float
@@ -32,7 +32,7 @@ def mean_interval(values, level=0.95):
         raise ValueError(f"level must lie between 0 and 1, but it is {level}")
     half = np.inf
     if len(x) > 1:
-        half = distributions.t.ppf((1 + level) / 2, len(x) - 1) * _standard_error(x)
+        half = stdtrit(len(x) - 1, (1 + level) / 2) * _standard_error(x)
     mean = x.mean()
     return Interval(float(mean), float(mean - half), float(mean + half))
 
@@ -94,17 +94,16 @@ def verdict(low, high, region):
     if zone == region.claimed: return "supported"
     return "none" if zone == "inside" else "contradicted"
 
-# %% ../nbs/instruments/stats.ipynb #50c98070
+# %% ../nbs/instruments/stats.ipynb #ff93156f
 def decision_p(values, region):
     """p of the three-way decision about the mean of `values` (n,) and the region; 1 with a single value."""
     x = np.asarray(values, float)
     mean, error = mean_interval(x).mean, _standard_error(x) if len(x) > 1 else np.inf
     if error == 0:
         return 1.0 if verdict(mean, mean, region) == "open" else 0.0
-    t = distributions.t(max(len(x) - 1, 1))
-    from_low, from_high = (mean - region.low) / error, (mean - region.high) / error
-    above, below = t.sf(from_high), t.cdf(from_low)
-    inside = max(t.sf(from_low), t.cdf(from_high))
+    df, from_low, from_high = max(len(x) - 1, 1), (mean - region.low) / error, (mean - region.high) / error
+    above, below = stdtr(df, -from_high), stdtr(df, from_low)
+    inside = max(stdtr(df, -from_low), stdtr(df, from_high))
     return float(min(1.0, 2 * min(above, below, inside)))
 
 # %% ../nbs/instruments/stats.ipynb #a705973a

@@ -1,0 +1,187 @@
+"""Statistics, claims and figures: error rates by simulation, every verdict of every claim, SVG on a page."""
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from repspace import claims, figures, stats
+
+BELOW = stats.region(-1, 1, "below")
+REGULARIZERS = ("none", "label-smoothing:0.1", "mixup:1.0", "cutmix:1.0")
+# Where a wrong decision is easiest: on the edges, just beside them, and among rows decided with ease.
+FAMILIES = {"edge": [1.0] * 12,
+            "both edges": [-1.0, 1.0] * 6,
+            "beside": [-1.02, -0.98, 0.98, 1.02] * 3,
+            "mixed": [-9, -9, -9, 9, 9, 9, 0, 0, -1, 1, -1.1, 1.1]}
+
+
+@pytest.mark.parametrize("shared", [0, 0.5, 0.95])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_a_wrong_verdict_in_at_most_five_percent(family, shared):
+    n_draws = 1000
+    error = stats.familywise_error(FAMILIES[family], BELOW, shared=shared, n_draws=n_draws)
+    assert error <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n_draws)
+
+
+def test_narrow_noise_where_equivalence_can_be_shown():
+    zone = stats.region(-4, 4, "inside")
+    error = stats.familywise_error([4.0, -4.0, 3.9, -4.1, 0, 0, 2, -2], zone, n_draws=1000)
+    assert error <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 1000)
+
+
+def test_without_correction_the_error_is_far_higher():
+    draw, wrong = np.random.default_rng(0), 0
+    for _ in range(300):
+        p = [stats.decision_p(1 + draw.normal(size=10), BELOW) for _ in range(12)]
+        wrong += min(p) <= 0.05
+    assert wrong / 300 > 0.3
+
+
+def test_intervals_cover_the_true_mean():
+    draw = np.random.default_rng(0)
+    intervals = [stats.mean_interval(draw.normal(size=5)) for _ in range(4000)]
+    covered = np.mean([i.low <= 0 <= i.high for i in intervals])
+    assert abs(covered - 0.95) < 0.012
+
+
+def test_decision_and_interval_agree_at_every_level():
+    draw = np.random.default_rng(1)
+    for _ in range(500):
+        low = draw.normal()
+        zone = stats.region(low, low + draw.exponential(), draw.choice(["above", "below", "inside"]))
+        x = draw.normal(draw.normal(), draw.exponential(0.3), draw.integers(2, 12))
+        p = stats.decision_p(x, zone)
+        for alpha in draw.uniform(0.001, 0.5, 5):
+            _, left, right = stats.mean_interval(x, 1 - alpha)
+            assert (stats.verdict(left, right, zone) != "open") == (p <= alpha)
+
+
+def test_a_constant_row_beside_others_changes_nothing_but_the_count():
+    x = np.linspace(-3, -2, 10)
+    alone, = stats.decide([(x, BELOW)])
+    constant, beside = stats.decide([([-5.0] * 10, BELOW), (x, BELOW)])
+    assert constant.verdict == beside.verdict == alone.verdict == "supported"
+    assert (constant.low, constant.high) == (-5, -5) and beside.level == alone.level == 0.95
+
+
+def constructed(targets, n_seeds=10, data="digits"):
+    """Made-up records; `targets(measure)` is the effect that each measure of each claim shall have.
+
+    Claims that read one column get records of their own, so that effects do not collide.
+    """
+    draw, rows, images = np.random.default_rng(0), [], []
+    for text in REGULARIZERS:
+        condition = f"{data}.net.{text.replace(':', '-')}"
+        for seed in range(n_seeds):
+            noise = draw.normal(0, 1e-4)
+            row = dict(study="constructed", condition=condition, data=data, model="net", feature_dim=pd.NA,
+                       regularizer=text, seed=seed)
+            regularized = text != "none"
+            for measure, effect in targets.items():
+                if measure.kind == "images":
+                    images += [{"condition": condition, "seed": seed, "image": i, "label": 0, "prediction": 0,
+                                "subset": True, measure.column: regularized * effect + noise} for i in range(3)]
+                else:
+                    row[measure.column] = {"difference": 1 + regularized * effect,
+                                           "change": 2 * (1 + regularized * effect), "level": effect,
+                                           "gap": 1 + effect, "quotient": 2 * effect}[measure.kind] + noise
+                    if measure.other: row[measure.other] = {"gap": 1.0, "quotient": 2.0}[measure.kind]
+            rows.append(row)
+    columns = ["condition", "seed", "image", "label", "prediction", "subset"]
+    samples = pd.DataFrame(images) if images else pd.DataFrame(columns=columns)
+    return SimpleNamespace(runs=pd.DataFrame(rows), samples=samples)
+
+
+def reachable(zone):
+    """A value well inside each zone, and the verdict that it must get."""
+    width = zone.high - zone.low
+    for where, value in {"above": zone.high + width, "below": zone.low - width,
+                         "inside": (zone.low + zone.high) / 2}.items():
+        yield value, stats.verdict(value, value, zone)
+
+
+MEASURES = [pytest.param(claim, measure, id=f"{claim.id}-{measure.name}")
+            for claim in claims.CLAIMS for measure in claim.measures]
+
+
+@pytest.mark.parametrize("claim, measure", MEASURES)
+def test_every_measure_reaches_its_verdicts(claim, measure):
+    found = set()
+    for value, expected in reachable(measure.region):
+        ledger = claims.ledger(constructed({measure: value}))
+        rows = ledger[(ledger["claim"] == claim.id) & (ledger["measure"] == measure.name)]
+        assert len(rows) and set(rows["verdict"]) == {expected}
+        assert np.allclose(rows["effect"], value, atol=1e-3)
+        found.add(expected)
+    few = claims.ledger(constructed({measure: value}, n_seeds=9))
+    assert set(few["verdict"]) == {"open"}
+    assert "supported" in found and "contradicted" in found
+    assert ("none" in found) == (measure.region.claimed != "inside")
+
+
+@pytest.mark.parametrize("data, n_seeds, decided", [("digits", 9, False), ("digits", 10, True),
+                                                   ("cifar10", 4, False), ("cifar10", 5, True)])
+def test_each_data_set_asks_for_its_number_of_seeds(data, n_seeds, decided):
+    measure, = claims.get("accuracy").measures
+    ledger = claims.ledger(constructed({measure: 0.1}, n_seeds, data))
+    assert set(ledger["verdict"]) == ({"supported"} if decided else {"open"})
+
+
+def test_data_sets_are_families_of_their_own():
+    measure, = claims.get("accuracy").measures
+    one, two = (constructed({measure: 0.1}, data=data) for data in ("digits", "cifar10"))
+    both = SimpleNamespace(runs=pd.concat([one.runs, two.runs]), samples=one.samples)
+    alone, together = claims.ledger(one), claims.ledger(both)
+    same = together[together["data"] == "digits"].drop(columns="per_seed").reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone.drop(columns="per_seed"), same)
+
+
+def test_feature_dimensions_do_not_pair():
+    measure, = claims.get("accuracy").measures
+    flat = constructed({measure: 0.1})
+    flat.runs.loc[flat.runs["regularizer"] != "none", "feature_dim"] = 2
+    assert claims.ledger(flat).empty
+
+
+def test_an_empty_ledger_has_its_columns_and_can_be_compared():
+    empty = claims.ledger(constructed({claims.get("accuracy").measures[0]: 0.1}).__class__(
+        runs=constructed({}).runs.iloc[:0], samples=constructed({}).samples))
+    assert list(empty.columns) == claims.ledger_columns and claims.compare(empty, empty).empty
+    assert claims.summary(empty).empty
+
+
+@pytest.fixture(scope="module")
+def ledger():
+    return claims.ledger(constructed({m: m.region.low - 0.01 for c in claims.CLAIMS for m in c.measures
+                                      if c.id in ("magnitude", "accuracy", "calibration", "robustness")}))
+
+
+def test_inline_svg_is_well_formed_and_shares_no_ids(ledger):
+    drawn = [figures.effects(ledger, "magnitude"), figures.effects(ledger, "robustness"),
+             figures.scorecard(ledger)]
+    ids = []
+    for figure in drawn:
+        root = ElementTree.fromstring(figure.svg)
+        assert root.get("role") == "img" and root.get("aria-label") == figure.alt
+        ids += [element.get("id") for element in root.iter() if element.get("id")]
+        assert "#000000" not in figure.svg and "<style" not in figure.svg
+    assert len(ids) == len(set(ids))
+
+
+def test_figures_are_the_same_bytes_in_another_process(ledger, tmp_path):
+    ledger.to_pickle(tmp_path / "ledger.pkl")
+    code = ("import sys, pandas, hashlib; from repspace import figures; "
+            "ledger = pandas.read_pickle(sys.argv[1]); "
+            "print(hashlib.sha256(figures.effects(ledger, 'magnitude').svg.encode()).hexdigest())")
+    run = [subprocess.run([sys.executable, "-c", code, str(tmp_path / "ledger.pkl")], capture_output=True,
+                          text=True, check=True).stdout for _ in range(2)]
+    assert run[0] == run[1]
+
+
+def test_reading_imports_no_torch():
+    code = "import sys; import repspace.claims, repspace.figures, repspace.stats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
