@@ -7,13 +7,13 @@ __all__ = ['LOWEST', 'HIGHEST', 'softmax', 'bin_edges', 'expected_calibration_er
            'nll', 'confidence_gap', 'calibration_floor', 'reliability', 'TemperatureScaling', 'FeatureScaling',
            'CrossFit', 'halves', 'cross_fit']
 
-# %% ../nbs/instruments/calibration.ipynb #91d0286b
+# %% ../nbs/instruments/calibration.ipynb #b0e9c160
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.special import log_softmax, softmax as _softmax
+from scipy.special import softmax as _softmax
 
 from .arrays import like, to_numpy
 
@@ -211,9 +211,9 @@ class FeatureScaling:
             raise ValueError(f"bias must be ({logits.shape[1]},) to fit the logits, but it is {b.shape}")
         return b
 
-# %% ../nbs/instruments/calibration.ipynb #55013e0e
+# %% ../nbs/instruments/calibration.ipynb #ba00ad13
 class CrossFit(NamedTuple):
-    """`probs` (N, K), each row scaled by what was fitted on the other half; `scalers`: the two fitted objects."""
+    """`probs` (N, K), each row scaled by what the other half fitted; `scalers`, the two fitted objects."""
     probs: object
     scalers: tuple
 

@@ -70,20 +70,21 @@ def _start(V, own, others, beta, radius, nonnegative):
     eta = tau[:, None] / np.maximum(z, 1e-300) if nonnegative else np.zeros_like(z)
     return _State(z, pi, 0 * tau, tau / omega, omega, tau[:, None] / np.where(others, pi, 1), eta, 0 * tau)
 
-# %% ../nbs/instruments/centers.ipynb #f2be9455
+# %% ../nbs/instruments/centers.ipynb #dd7fe7e1
 def _solve(D, C, q):
     "x (k, n, 2) with (diag(D) + CᵀC) x = q, for D (k, n), C (k, K, n)."
     K, n = C.shape[1:]
     if n <= K:
-        A = C.transpose(0, 2, 1) @ C
-        # at the very end D may be lost in rounding; the ridge then keeps a singular covariance solvable
-        A[:, np.arange(n), np.arange(n)] += D + 1e-15 * np.trace(A, axis1=1, axis2=2)[:, None]
-        return np.linalg.solve(A, q)
-    U = C / D[:, None]
-    A = U @ C.transpose(0, 2, 1)
-    A[:, np.arange(K), np.arange(K)] += 1
-    q = q / D[..., None]
-    return q - U.transpose(0, 2, 1) @ np.linalg.solve(A, C @ q)
+        return _plus_diagonal(C.transpose(0, 2, 1) @ C, D, q)
+    U, q = C / D[:, None], q / D[..., None]
+    return q - U.transpose(0, 2, 1) @ _plus_diagonal(U @ C.transpose(0, 2, 1), 1, C @ q)
+
+
+def _plus_diagonal(A, D, q):
+    "Solve (A + diag(D)) x = q; the ridge is for the very end, where D may be lost in rounding."
+    i = np.arange(A.shape[1])
+    A[:, i, i] += D + 1e-15 * np.trace(A, axis1=1, axis2=2)[:, None]
+    return np.linalg.solve(A, q)
 
 # %% ../nbs/instruments/centers.ipynb #8583aeb7
 def _direction(x, V, own, beta, others, radius, nonnegative):
@@ -152,19 +153,19 @@ def _least(V, b, radius, nonnegative, classes, steps=60, goal=1e-12):
         x = _step(x, _direction(x, V, *rest, radius, nonnegative), others[live], nonnegative)
     return best, gap, interior
 
-# %% ../nbs/instruments/centers.ipynb #71ca8977
+# %% ../nbs/instruments/centers.ipynb #70577073
 class Centers(NamedTuple):
-    """`centers` (K, d); `certificate` (K,), the relative duality gap; `interior` (K,), true inside the ball."""
+    """`centers` (K, d); `certificate` (K,), the relative gap; `interior` (K,), true inside the ball."""
     centers: object
     certificate: object
     interior: object
 
 
 def class_centers(weight, bias, radius, nonnegative=False):
-    """The point of least loss of each class among ‖z‖ ≤ `radius` (and z ≥ 0 if `nonnegative`) → Centers.
+    """Each class's point of least loss among ‖z‖ ≤ `radius` (and z ≥ 0 if `nonnegative`) → Centers.
 
     `weight` (K, d), `bias` (K,). The certificate is the duality gap over max(radius · max‖w_j - w_k‖, 1).
-    ValueError where a class equals all others (its center is undefined); RuntimeError where a certificate
+    ValueError where all rows are equal, so that no center is defined; RuntimeError where a certificate
     is not below 1e-8.
     """
     W, b = check_head(weight, bias)
@@ -188,7 +189,7 @@ def class_centers(weight, bias, radius, nonnegative=False):
                            "not below 1e-8; is the radius far beyond the weights' scale?")
     return Centers(*(like(part, weight) for part in (z @ basis / spread.max(), certificate, interior)))
 
-# %% ../nbs/instruments/centers.ipynb #5fe1b333
+# %% ../nbs/instruments/centers.ipynb #fc02f35c
 def class_means(features, labels, num_classes):
     """Mean of `features` (N, d) by `labels` (N,), as (K, d); `ValueError` for a class without samples."""
     Z, y = to_numpy(features, float), to_numpy(labels)
@@ -204,8 +205,9 @@ def class_means(features, labels, num_classes):
 
 
 def center_kinds(weight, bias, radius, means):
-    """Every notion of a class's center → dict of (K, d): minimal, reachable, mean, centered_mean, weight, centered_weight.
+    """Every notion of a class's center → dict of (K, d), by name.
 
+    The names: minimal, reachable, mean, centered_mean, weight, centered_weight. `radius` as in `class_centers`;
     `means` (K, d) are the class means of the training vectors.
     """
     W, _, M = check_head(weight, bias, means)
@@ -214,15 +216,15 @@ def center_kinds(weight, bias, radius, means):
                  mean=M, centered_mean=M - M.mean(0), weight=W, centered_weight=W - W.mean(0))
     return {name: like(points, weight) for name, points in kinds.items()}
 
-# %% ../nbs/instruments/centers.ipynb #b6e73e32
+# %% ../nbs/instruments/centers.ipynb #2982a96b
 def smooth_targets(num_classes, smoothing):
-    """Target distributions (K, K) of label smoothing: row k is (1 - smoothing) e_k + smoothing / K, as in PyTorch."""
+    """Label smoothing's targets (K, K): row k is (1 - smoothing) e_k + smoothing / K, as in PyTorch."""
     if not (num_classes >= 2 and 0 <= smoothing < 1):
         raise ValueError("num_classes must be at least 2 and smoothing in [0, 1), "
                          f"but they are {num_classes} and {smoothing}")
     return (1 - smoothing) * np.eye(num_classes) + smoothing / num_classes
 
-# %% ../nbs/instruments/centers.ipynb #63eaff4d
+# %% ../nbs/instruments/centers.ipynb #dbb20d3f
 def _descend(V, b, t, goal=1e-12):
     "Minimum in z (n,) of the cross-entropy of softmax(Vz + b) with t, by damped Newton."
     value = lambda z: logsumexp(V @ z + b) - t @ (V @ z + b)
@@ -235,7 +237,8 @@ def _descend(V, b, t, goal=1e-12):
         A = (V - p @ V).T @ (p[:, None] * (V - p @ V))
         step = np.linalg.solve(A + 1e-14 * np.trace(A) * np.eye(len(z)), -g)
         now, slope, length = value(z), g @ step, 1.0
-        while value(z + length * step) > now + 1e-4 * length * slope + 1e-15 * (1 + abs(now)) and length > 1e-12:
+        now += 1e-15 * (1 + abs(now))   # rounding is not a rise
+        while value(z + length * step) > now + 1e-4 * length * slope and length > 1e-12:
             length /= 2
         z = z + length * step
     if np.linalg.norm(g) > 1e-8 * np.abs(V).max(initial=0):
@@ -246,8 +249,8 @@ def _descend(V, b, t, goal=1e-12):
 def soft_minimum(weight, bias, targets):
     """The point (M, d) in the span of the weights' differences where the loss for `targets` (M, K) is least.
 
-    It predicts ‖Pz‖, not ‖z‖: what lies outside the span costs nothing. `ValueError` where a target has a zero
-    (no finite minimum) or does not sum to 1.
+    It predicts ‖Pz‖, not ‖z‖: what lies outside the span costs nothing. ValueError where a target has a
+    zero (no finite minimum) or does not sum to 1.
     """
     W, b = check_head(weight, bias)
     t = np.atleast_2d(to_numpy(targets, float))
@@ -266,9 +269,12 @@ def soft_minimum(weight, bias, targets):
         z = np.array([_descend(V, b, row) for row in t]).reshape(len(t), len(basis))
     return like(z @ basis, weight)
 
-# %% ../nbs/instruments/centers.ipynb #10895653
+# %% ../nbs/instruments/centers.ipynb #2287d381
 def reachable(weight, points):
-    """Whether some z ≥ 0 has the same part in the span as each of `points` (M, d), to 1e-6 of its norm → (M,)."""
+    """Whether some z ≥ 0 has the part in the span that each of `points` (M, d) has → booleans (M,).
+
+    To 1e-6 of the part's norm; `weight` (K, d) sets the span.
+    """
     basis = span_basis(weight)
     wanted = np.atleast_2d(to_numpy(points, float)) @ basis.T
     missed = np.array([nnls(basis, row)[1] for row in wanted])

@@ -6,7 +6,8 @@
 __all__ = ['log', 'kinds', 'paired_kinds', 'cones', 'cones_anyway', 'magnitude', 'alignment', 'centers', 'finite_norm',
            'accuracy', 'calibration', 'scaling', 'robustness', 'toward_origin', 'CLAIMS', 'min_seeds',
            'default_min_seeds', 'ledger_columns', 'Measure', 'Claim', 'Pair', 'values', 'get', 'columns', 'ledger',
-           'Markdown', 'overall', 'summary', 'scorecard', 'opening', 'table', 'compare', 'agreement']
+           'Markdown', 'overall', 'summary', 'overview', 'scorecard', 'opening', 'table', 'compare', 'agreement',
+           'Reproduction', 'reproduction']
 
 # %% ../nbs/instruments/claims.ipynb #0bff56d3
 import logging
@@ -20,7 +21,7 @@ from . import figures, records, stats
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/instruments/claims.ipynb #fa0b1e24
+# %% ../nbs/instruments/claims.ipynb #0473b997
 kinds = {"difference": "paired difference", "change": "paired relative change",
          "images": "paired difference, same images", "level": "value", "gap": "difference within a run",
          "quotient": "ratio within a run"}
@@ -42,7 +43,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper: one sentence, where it is known from, the chapter that treats it, its measures."""
+    """A claim of the paper: its sentence, where it is known from, its chapter, its measures."""
     id: str
     sentence: str
     known_from: str
@@ -82,9 +83,9 @@ def _above(m): return stats.region(-m, m, "above")
 def _below(m): return stats.region(-m, m, "below")
 def _within(m, center=0): return stats.region(center - m, center + m, "inside")
 
-# %% ../nbs/instruments/claims.ipynb #d98b412d
-_degree = ("At .9 the prediction lasts, on average, down to a tenth of a vector's length; at .8 a fifth "
-           "of every ray lies outside its region.")
+# %% ../nbs/instruments/claims.ipynb #dacb6d39
+_degree = ("At .9 the prediction lasts, on average, down to a tenth of a vector's length; at .8 a "
+           "fifth of every ray lies outside its region.")
 _where = {"test": "test vectors", "sphere": "random directions",
           "nonnegative": "random non-negative directions"}
 
@@ -95,11 +96,11 @@ def _cone(where, untrained=False):
                    f"{prefix}cone_degree_{where}", zone, _degree, starts_with_bias=untrained)
 
 cones = Claim(
-    "cones", "After training, the decision regions in representation space are cones with their apex at "
-    "the origin; before training they are not.", "the abstract and the reviews", "cones",
+    "cones", "After training, the decision regions in representation space are cones with their apex "
+    "at the origin; before training they are not.", "the abstract and the reviews", "cones",
     (_cone("test"), _cone("sphere"), _cone("nonnegative"), _cone("test", True), _cone("sphere", True)))
 
-# %% ../nbs/instruments/claims.ipynb #9702b233
+# %% ../nbs/instruments/claims.ipynb #8b4e0369
 _twentieth = "A twentieth of a ray's length, half of what separates a cone from what is none."
 cones_anyway = Claim(
     "cones-anyway", "The regions are as cone-like with regularization as without it, and the biases of "
@@ -107,43 +108,44 @@ cones_anyway = Claim(
     (*(Measure(f"cone_degree_{where}", f"change of the degree of cone, {_where[where]}", "difference",
                f"cone_degree_{where}", _within(0.05), _twentieth) for where in ("test", "sphere")),
      Measure("no_bias_accuracy", "change of accuracy without biases", "gap", "no_bias_accuracy",
-             _within(0.01), "One image in a hundred, about the standard error of an accuracy of .9 on a "
-             "thousand images.", "accuracy", "points"),
+             _within(0.01), "One image in a hundred, about the standard error of an accuracy of .9 on "
+             "a thousand images.", "accuracy", "points"),
      Measure("no_bias_agreement", "same prediction without biases", "level", "no_bias_agreement",
-             stats.region(0.97, 0.99, "above"), "Biases that change fewer than one prediction in a hundred "
-             "hardly matter; from three in a hundred on they do.")))
+             stats.region(0.97, 0.99, "above"), "Biases that change fewer than one prediction in a "
+             "hundred hardly matter; from three in a hundred on they do.")))
 
-# %% ../nbs/instruments/claims.ipynb #39711ca2
+# %% ../nbs/instruments/claims.ipynb #1158ed96
 _mixing = ("mixup", "cutmix")
-_shorter = "Vectors 5 % shorter act like a temperature of 1.05, which moves a confidence of .95 by about a point."
+_shorter = ("Vectors 5 % shorter act like a temperature of 1.05, which moves a confidence of .95 by "
+            "about a point.")
 
 def _relative(column, label, **kwargs):
     return Measure(column, f"relative change of {label}", "change", column, _below(0.05), _shorter,
                    unit="%", **kwargs)
 
 magnitude = Claim(
-    "magnitude", "Label smoothing, Mixup and CutMix make representation vectors shorter.", "the abstract",
-    "magnitude",
+    "magnitude", "Label smoothing, Mixup and CutMix make representation vectors shorter.",
+    "the abstract", "magnitude",
     (_relative("rms", "RMS"), _relative("span_norm", "the norm in the span"),
      _relative("logit_scale", "the logit scale"),
      _relative("rms_clean_bn", "RMS, clean batch statistics", only=_mixing),
      _relative("span_norm_clean_bn", "the norm in the span, clean batch statistics", only=_mixing)))
 
-# %% ../nbs/instruments/claims.ipynb #e2758cdf
-_turn = "A cosine higher by .02 is a turn of one to two degrees; less is no better alignment to speak of."
+# %% ../nbs/instruments/claims.ipynb #d5bffa64
+_turn = "A cosine higher by .02 is a turn of one to two degrees; less is hardly a turn at all."
 
 def _cosine(column, label, kind="images", **kwargs):
     return Measure(column, f"change of alignment{label}", kind, column, _above(0.02), _turn, **kwargs)
 
 alignment = Claim(
-    "alignment", "They make the angle between a representation vector and the center of its class smaller.",
-    "the abstract", "alignment",
+    "alignment", "They make the angle between a representation vector and the center of its class "
+    "smaller.", "the abstract", "alignment",
     (_cosine("cos_label", ""), _cosine("cos_label_span", " in the span"),
      _cosine("alignment_clean_bn", ", clean batch statistics, all images", "difference", only=_mixing),
-     _cosine("alignment_span_clean_bn", " in the span, clean batch statistics, all images", "difference",
-             only=_mixing)))
+     _cosine("alignment_span_clean_bn", " in the span, clean batch statistics, all images",
+             "difference", only=_mixing)))
 
-# %% ../nbs/instruments/claims.ipynb #78941564
+# %% ../nbs/instruments/claims.ipynb #e409eac1
 _rivals = {"mean": "class mean", "centered_mean": "centered class mean", "weight": "weight vector",
            "centered_weight": "centered weight vector"}
 _explains = "Where the correlation is about .8, .02 more explains three points more of the variance."
@@ -153,21 +155,21 @@ def _rival(kind, prefix, where):
                    f"{prefix}minimal", _above(0.02), _explains, f"{prefix}{kind}")
 
 centers = Claim(
-    "centers", "Closeness to the minimal-loss point of a class goes with confidence better than closeness "
-    "to the class mean or to the weight vector.", "the reviews", "alignment",
+    "centers", "Closeness to the minimal-loss point of a class goes with confidence better than "
+    "closeness to the class mean or to the weight vector.", "the reviews", "alignment",
     tuple(_rival(kind, prefix, where) for prefix, where in
           (("center_r_", "all samples"), ("center_r_predicted_", "within predicted class"))
           for kind in _rivals))
 
-# %% ../nbs/instruments/claims.ipynb #554b0668
+# %% ../nbs/instruments/claims.ipynb #ec974771
 finite_norm = Claim(
     "finite-norm", "With softened labels the loss has its minimum at a finite norm, and training goes "
     "there.", "the reviews", "magnitude",
-    (Measure("norm_over_predicted", "norm in the span over the norm that minimizes the loss", "quotient",
-             "train_span_norm", _within(0.1, center=1), "A tenth is what smoothing by .15 in place of .1 "
-             "would change the predicted norm.", "soft_norm", only=("label-smoothing",)),))
+    (Measure("norm_over_predicted", "norm in the span over the norm that minimizes the loss",
+             "quotient", "train_span_norm", _within(0.1, center=1), "A tenth is what smoothing by .15 in "
+             "place of .1 would change the predicted norm.", "soft_norm", only=("label-smoothing",)),))
 
-# %% ../nbs/instruments/claims.ipynb #da8b7f66
+# %% ../nbs/instruments/claims.ipynb #5df5699c
 accuracy = Claim(
     "accuracy", "They improve accuracy.", "the abstract", "calibration",
     (Measure("accuracy", "change of accuracy", "difference", "accuracy", _above(0.005),
@@ -177,43 +179,45 @@ calibration = Claim(
     "calibration", "They improve calibration: shorter vectors mean less confidence, which mends "
     "overconfidence.", "the abstract and the reviews", "calibration",
     (Measure("ece_excess", "change of the calibration error over its floor", "difference", "ece_excess",
-             _below(0.005), "Half a point is below what the error of a perfectly calibrated model shows on "
-             "a thousand images.", unit="points"),
+             _below(0.005), "Half a point is below what the error of a perfectly calibrated model shows "
+             "on a thousand images.", unit="points"),
      Measure("confidence_gap", "change of overconfidence", "difference", "confidence_gap", _below(0.01),
              "One point of mean confidence; with less, no decision made at a threshold changes much.",
              unit="points"),
      Measure("nll", "change of negative log-likelihood", "difference", "nll", _below(0.02),
              "The probability given to the true class grows by 2 %, as a geometric mean.")))
 
-# %% ../nbs/instruments/claims.ipynb #ff09f043
+# %% ../nbs/instruments/claims.ipynb #ffa03649
 scaling = Claim(
     "scaling", "Scaling the features of a trained model acts like temperature scaling.", "the reviews",
     "calibration",
-    (Measure("ece_scaling", "calibration error, feature scaling − temperature", "gap", "ece_feature_scale",
-             _within(0.005), "Half a point, as for calibration.", "ece_temperature", "points"),
+    (Measure("ece_scaling", "calibration error, feature scaling − temperature", "gap",
+             "ece_feature_scale", _within(0.005), "Half a point, as for calibration.",
+             "ece_temperature", "points"),
      Measure("nll_scaling", "log-likelihood, feature scaling − temperature", "gap", "nll_feature_scale",
              _within(0.01), "One per cent of the probability given to the true class.",
              "nll_temperature")))
 
-# %% ../nbs/instruments/claims.ipynb #78f4afa6
+# %% ../nbs/instruments/claims.ipynb #84b48f6b
 robustness = Claim(
     "robustness", "They lower the success of gradient attacks.", "the abstract and the reviews",
     "robustness",
     tuple(Measure(f"success_{attack}", f"change of the success of {attack.upper()}", "difference",
                   f"success_{attack}", _below(0.02), "Two images in a hundred, the difference that the "
-                  "checks for gradient masking count too.", unit="points") for attack in ("fgsm", "pgd")))
+                  "checks for gradient masking count too.", unit="points")
+          for attack in ("fgsm", "pgd")))
 
 toward_origin = Claim(
-    "toward-origin", "The better a vector is aligned with its center, the more an attack pushes it toward "
-    "the origin rather than sideways across a boundary.", "the reviews", "robustness",
+    "toward-origin", "The better a vector is aligned with its center, the more an attack pushes it "
+    "toward the origin rather than sideways across a boundary.", "the reviews", "robustness",
     tuple(Measure(f"toward_r{span}", f"alignment with direction toward the origin{label}, PGD − noise",
-                  "gap", f"toward_r{span}_pgd", _above(0.1), "A correlation of .1 explains one per cent of "
-                  "the variance: less is no mechanism.", f"toward_r{span}_noise")
+                  "gap", f"toward_r{span}_pgd", _above(0.1), "A correlation of .1 explains one per cent "
+                  "of the variance: less is no mechanism.", f"toward_r{span}_noise")
           for span, label in (("", ""), ("_span", ", in the span"))))
 
-# %% ../nbs/instruments/claims.ipynb #bd7f6d4e
-CLAIMS = (cones, cones_anyway, magnitude, alignment, centers, finite_norm, accuracy, calibration, scaling,
-          robustness, toward_origin)
+# %% ../nbs/instruments/claims.ipynb #4ebde863
+CLAIMS = (cones, cones_anyway, magnitude, alignment, centers, finite_norm, accuracy, calibration,
+          scaling, robustness, toward_origin)
 
 def get(claim_id):
     """The claim with this id, such as "magnitude". Error: an unknown id; the known ones are listed."""
@@ -230,18 +234,17 @@ def columns():
         both[measure.kind == "images"] |= {measure.column, measure.other} - {None}
     return sorted(both[False]), sorted(both[True])
 
-# %% ../nbs/instruments/claims.ipynb #ea7b08d9
+# %% ../nbs/instruments/claims.ipynb #071479d9
 min_seeds = {"digits": 10}
 default_min_seeds = 5
 _family = ["study", "data", "model", "feature_dim"]
 
 def _pairs(recorded):
     """(first run, Pair) per condition, plain ones too, in the order of the palette within a model."""
-    kinds_in_order = list(figures.palette)
-    for _, group in recorded.runs.groupby(_family, sort=False, dropna=False):
+    runs = recorded.runs.sort_values("model", kind="stable")
+    for _, group in runs.groupby(_family, sort=False, dropna=False):
         plain = group[group["regularizer"] == "none"].set_index("seed")
-        order = {text: kinds_in_order.index(text.split(":")[0]) for text in group["regularizer"].unique()}
-        for text in sorted(order, key=lambda t: (order[t], t)):
+        for text in figures.ordered(group["regularizer"]):
             chosen = group[group["regularizer"] == text]
             samples = [recorded.samples[recorded.samples["condition"].isin(frame["condition"].unique())]
                        for frame in (chosen, plain)]
@@ -259,7 +262,7 @@ def _starts_without_bias(runs):
     except (OSError, KeyError, ValueError):
         return False
 
-# %% ../nbs/instruments/claims.ipynb #937b249f
+# %% ../nbs/instruments/claims.ipynb #f1625518
 def _rows(claim, recorded):
     """One dict per measure and condition of a claim, with the values per seed, not yet decided."""
     for first, pair in _pairs(recorded):
@@ -271,20 +274,22 @@ def _rows(claim, recorded):
             try:
                 found = values(measure, pair)
             except KeyError as missing:
-                log.warning("%s of claim %s is not judged: no column %s", measure.name, claim.id, missing)
+                log.warning("%s of claim %s is not judged: no column %s", measure.name, claim.id,
+                            missing)
                 continue
             if not len(found):
                 continue
             seeds = pair.runs.index.union(pair.plain.index) if paired else pair.runs.index
-            yield dict(claim=claim.id, measure=measure.name, label=measure.label, kind=kinds[measure.kind],
-                       **first[["condition", "data", "model", "feature_dim", "regularizer"]],
-                       unit=measure.unit, claimed=measure.region.claimed, low_bound=measure.region.low,
-                       high_bound=measure.region.high, seeds=len(found), missing=len(seeds) - len(found),
-                       per_seed=found, region=measure.region,
+            zone = measure.region
+            yield dict(claim=claim.id, measure=measure.name, label=measure.label,
+                       **first[["study", "condition", "data", "model", "feature_dim", "regularizer"]],
+                       kind=kinds[measure.kind], unit=measure.unit, claimed=zone.claimed,
+                       low_bound=zone.low, high_bound=zone.high, seeds=len(found),
+                       missing=len(seeds) - len(found), per_seed=found, region=zone,
                        applies=not (measure.starts_with_bias and _starts_without_bias(pair.runs)))
 
-# %% ../nbs/instruments/claims.ipynb #e99c8339
-ledger_columns = ["claim", "measure", "label", "kind", "condition", "data", "model", "feature_dim",
+# %% ../nbs/instruments/claims.ipynb #a71a33f3
+ledger_columns = ["claim", "measure", "label", "kind", "study", "condition", "data", "model", "feature_dim",
                   "regularizer", "unit", "claimed", "low_bound", "high_bound", "effect", "low", "high",
                   "level", "p", "seeds", "missing", "verdict", "per_seed"]
 
@@ -303,7 +308,8 @@ def ledger(recorded, alpha=0.05):
             judged = [row for row in family if row["applies"]]
             others = [row for row in family if not row["applies"]]
             for group in (judged, others):
-                decisions = stats.decide([(row["per_seed"], row["region"]) for row in group], needed, alpha)
+                tested = [(row["per_seed"], row["region"]) for row in group]
+                decisions = stats.decide(tested, needed, alpha)
                 for row, decision in zip(group, decisions): row.update(decision._asdict())
             for row in others: row["verdict"] = "not applicable"
         table += rows
@@ -321,7 +327,7 @@ def _totals(verdicts):
     counts = verdicts.value_counts().reindex(stats.verdicts).dropna().astype(int)
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
-# %% ../nbs/instruments/claims.ipynb #5c08460d
+# %% ../nbs/instruments/claims.ipynb #37865ed3
 def overall(verdicts):
     """What several verdicts (a Series) say together, in a few words."""
     applicable = verdicts[verdicts != "not applicable"]
@@ -333,15 +339,16 @@ def overall(verdicts):
 
 def summary(ledger):
     """One row per claim in the ledger: rows, how many of each verdict, and `overall`."""
-    counts = pd.crosstab(ledger["claim"], ledger["verdict"]).reindex(columns=stats.verdicts, fill_value=0)
+    counts = pd.crosstab(ledger["claim"], ledger["verdict"])
+    counts = counts.reindex(columns=stats.verdicts, fill_value=0)
     order = [claim.id for claim in CLAIMS if claim.id in counts.index]
     together = ledger.groupby("claim")["verdict"].agg(overall)
-    table = counts.loc[order].assign(rows=counts.sum(axis=1), overall=together).rename_axis(columns=None)
-    return table.reset_index()
+    table = counts.loc[order].assign(rows=counts.sum(axis=1), overall=together)
+    return table.rename_axis(columns=None).reset_index()
 
-# %% ../nbs/instruments/claims.ipynb #9b48bf13
-def scorecard(ledger, folder="findings"):
-    """The claims of the ledger as a Markdown table (`Markdown`): sentence, verdict, counts, chapter in `folder`."""
+# %% ../nbs/instruments/claims.ipynb #a8e18f4a
+def overview(ledger, folder="findings"):
+    """The ledger's claims as a `Markdown` table: sentence, verdict, counts; chapters in `folder`."""
     lines = ["| claim | what it says | verdict | rows |", "|---|---|---|---|"]
     for row in summary(ledger).itertuples():
         claim = get(row.claim)
@@ -350,25 +357,54 @@ def scorecard(ledger, folder="findings"):
                      f"| **{row.overall}** | {counts} |")
     return Markdown("\n".join(lines))
 
-# %% ../nbs/instruments/claims.ipynb #37e15fe2
+# %% ../nbs/instruments/claims.ipynb #ab96fc97
+def _effect_cell(row):
+    signed = row.kind.startswith(("paired", "difference"))
+    effect, low, high = (figures.number(x, row.unit, signed) for x in (row.effect, row.low, row.high))
+    return f"**{row.verdict}**<br>{effect}<br>({low.removesuffix(row.unit).strip()} to {high})"
+
+def scorecard(ledger, model, folder="findings", lab=None):
+    """Claims × conditions of one model as a `Markdown` table, by the first measure of each claim."""
+    rows = ledger[ledger["model"] == model]
+    first = {claim.id: claim.measures[0] for claim in CLAIMS}
+    rows = rows[[first[row.claim].name == row.measure for row in rows.itertuples()]]
+    if rows.empty:
+        raise ValueError(f"no rows of model {model!r}; the ledger has {sorted(set(ledger['model']))}")
+    titles = {}
+    for row in rows.drop_duplicates("condition").itertuples():
+        text = figures.name(row.regularizer)
+        titles[row.condition] = f"[{text}]({lab}/{row.study}/{row.condition}.ipynb)" if lab else text
+    conditions = sorted(titles, key=lambda c: list(rows["condition"]).index(c))
+    lines = ["| claim, and its measure | " + " | ".join(titles[c] for c in conditions) + " |",
+             "|---" * (len(conditions) + 1) + "|"]
+    for claim_id, of_claim in rows.groupby("claim", sort=False):
+        cells = {row.condition: _effect_cell(row) for row in of_claim.itertuples()}
+        link = f"[{claim_id}]({folder}/{get(claim_id).chapter}.ipynb)"
+        lines.append(f"| {link}<br>{first[claim_id].label} | "
+                     + " | ".join(cells.get(c, "–") for c in conditions) + " |")
+    return Markdown("\n".join(lines))
+
+# %% ../nbs/instruments/claims.ipynb #3acfa6b0
 def _of_claim(ledger, claim_id):
     claim, rows = get(claim_id), ledger[ledger["claim"] == claim_id]
     if rows.empty:
-        raise ValueError(f"the ledger has no rows of claim {claim_id!r}; it has {sorted(set(ledger['claim']))}")
+        raise ValueError(f"the ledger has no rows of claim {claim_id!r}; "
+                         f"it has {sorted(set(ledger['claim']))}")
     return claim, rows
 
-# %% ../nbs/instruments/claims.ipynb #f9a3d471
+# %% ../nbs/instruments/claims.ipynb #81d0b512
 def opening(claim_id, ledger):
-    """The claim's sentence, where it is known from, and its verdicts by model and regularizer, as `Markdown`."""
+    """A claim's sentence, where it is known from, its verdicts by model and regularizer."""
     claim, rows = _of_claim(ledger, claim_id)
-    seeds = f"{rows['seeds'].min()}" + (f" to {rows['seeds'].max()}" if rows["seeds"].nunique() > 1 else "")
+    seeds = " to ".join(str(n) for n in sorted({rows["seeds"].min(), rows["seeds"].max()}))
     texts, models = list(dict.fromkeys(rows["regularizer"])), list(dict.fromkeys(rows["model"]))
     lines = [f"> **Claim** (`{claim.id}`, known from {claim.known_from}). {claim.sentence}", "",
              f"**Verdict: {overall(rows['verdict'])}.** Of {len(rows)} rows (a measure on a model with a "
              f"regularizer; {seeds} seeds each): {_totals(rows['verdict'])}.", "",
              "| | " + " | ".join(map(figures.name, texts)) + " |", "|---" * (len(texts) + 1) + "|"]
     for model in models:
-        cells = [rows[(rows["model"] == model) & (rows["regularizer"] == text)]["verdict"] for text in texts]
+        of_model = rows[rows["model"] == model]
+        cells = [of_model[of_model["regularizer"] == text]["verdict"] for text in texts]
         lines.append(f"| {model} | " + " | ".join(_cell(c) for c in cells) + " |")
     return Markdown("\n".join(lines))
 
@@ -376,21 +412,22 @@ def _cell(verdicts):
     if verdicts.empty: return "–"
     return verdicts.iloc[0] if verdicts.nunique() == 1 else _totals(verdicts)
 
-# %% ../nbs/instruments/claims.ipynb #2759f463
+# %% ../nbs/instruments/claims.ipynb #b7975caf
 def table(ledger, claim_id):
     """The rows of a claim as a DataFrame of text, ready to display, indexed by the measure's label."""
     _, rows = _of_claim(ledger, claim_id)
     def line(row):
         signed = row.kind in ("difference within a run",) or row.kind.startswith("paired")
         def number(value): return figures.number(value, row.unit, signed)
-        bounds = f"{number(row.low_bound)} to {number(row.high_bound)}"
+        bounds = {"above": f"above {number(row.high_bound)}", "below": f"below {number(row.low_bound)}",
+                  "inside": f"{number(row.low_bound)} to {number(row.high_bound)}"}
         return {"measure": row.label, "model": row.model, "regularizer": figures.name(row.regularizer),
                 "effect": number(row.effect), "interval": f"{number(row.low)} to {number(row.high)}",
-                "level": f"{100 * row.level:.2f} %", "claimed": f"{row.claimed} {bounds}",
+                "level": f"{100 * row.level:.2f} %", "claimed": bounds[row.claimed],
                 "seeds": row.seeds, "verdict": row.verdict}
     return pd.DataFrame([line(row) for row in rows.itertuples()]).set_index("measure")
 
-# %% ../nbs/instruments/claims.ipynb #ab6ad8a1
+# %% ../nbs/instruments/claims.ipynb #9ae4cd45
 def compare(ledger_a, ledger_b):
     """Row by row: verdicts and effects of two ledgers, and their `agreement`."""
     keys = ["claim", "measure", "condition"]
@@ -398,8 +435,9 @@ def compare(ledger_a, ledger_b):
         ledger_b[[*keys, "effect", "verdict"]], "outer", on=keys, suffixes=("_a", "_b"), indicator=True)
     a, b = both["verdict_a"], both["verdict_b"]
     undecided = (a == "open") | (b == "open")
-    both["agreement"] = np.select([both["_merge"] == "left_only", both["_merge"] == "right_only", a == b,
-                                   undecided], ["only in a", "only in b", "same", "one open"], "differs")
+    cases = {"only in a": both["_merge"] == "left_only", "only in b": both["_merge"] == "right_only",
+             "same": a == b, "one open": undecided}
+    both["agreement"] = np.select(list(cases.values()), list(cases), "differs")
     return both.drop(columns="_merge")
 
 def agreement(comparison):
@@ -409,4 +447,27 @@ def agreement(comparison):
     rest = [f"{counts[kind]} {text}" for kind, text in {
         "one open": "are open in one of them", "differs": "differ", "only in a": "are only in the first",
         "only in b": "are only in the second"}.items() if kind in counts]
-    return f"{n} of {len(comparison)} verdicts are the same" + "".join(f"; {part}" for part in rest) + "."
+    return "; ".join([f"{n} of {len(comparison)} verdicts are the same", *rest]) + "."
+
+# %% ../nbs/instruments/claims.ipynb #30a400c3
+class Reproduction(NamedTuple):
+    """How this machine's verdicts compare with the published ones: a sentence, and the rows."""
+    sentence: str
+    rows: pd.DataFrame
+
+def reproduction(study, runs=None, results=None):
+    """Set the fresh records of `study` against the published ones → Reproduction(sentence, rows)."""
+    ledgers = []
+    for source in ("published", "fresh"):
+        try:
+            ledgers.append(ledger(records.load(study, source, runs, results)))
+        except ValueError:
+            return Reproduction(f"There are no {source} records of {study} here, so there is nothing to compare."
+                                f" `make study STUDY={study}` makes fresh ones.", pd.DataFrame())
+    rows = compare(*ledgers)
+    seeds = [int(each["seeds"].max()) for each in ledgers]
+    sentence = (f"{agreement(rows)} The first are the published verdicts ({seeds[0]} seeds), "
+                f"the second this machine's ({seeds[1]} seeds).")
+    names = {f"{what}_{side}": f"{what}, {whose}" for what in ("effect", "verdict")
+             for side, whose in (("a", "published"), ("b", "here"))}
+    return Reproduction(sentence, rows.rename(columns=names).drop(columns="measure"))

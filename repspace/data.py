@@ -17,14 +17,14 @@ import torchvision
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-# %% ../nbs/instruments/data.ipynb #2245a713
+# %% ../nbs/instruments/data.ipynb #2012e797
 class Split(NamedTuple):
     """Images (N, C, H, W), float32 in [0, 1] or uint8 in 0..255, and labels int64 (N,)."""
     images: torch.Tensor
     labels: torch.Tensor
 
 class Dataset(NamedTuple):
-    """A training and a test split, the classes' names, and the training images' mean and deviation (C,)."""
+    """Two splits, the classes' names, and mean and standard deviation (C,) of the training images."""
     train: Split
     test: Split
     classes: tuple
@@ -45,9 +45,9 @@ def as_float(images):
         raise ValueError(f"images must be uint8 or float, but they are {images.dtype}")
     return images.float()
 
-# %% ../nbs/instruments/data.ipynb #68164b0c
+# %% ../nbs/instruments/data.ipynb #8a8edc66
 def channel_statistics(images):
-    """Mean and standard deviation of each channel of `images`, in [0, 1]: two tuples of C floats."""
+    """Means and standard deviations of the channels of `images` in [0, 1]: two tuples (C,)."""
     def of(channel):
         if channel.dtype != torch.uint8:
             return channel.double().mean().item(), channel.double().std(correction=0).item()
@@ -76,56 +76,62 @@ def data_root(root=None):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repspace"
     return Path(root or os.environ.get("REPSPACE_DATA") or cache).expanduser()
 
-# %% ../nbs/instruments/data.ipynb #ccc8505e
+# %% ../nbs/instruments/data.ipynb #5de2fe85
 _CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 def _cifar_split(source):
     """A Split of bytes from a torchvision CIFAR data set."""
-    return Split(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
+    images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(source.targets))
 
 def _cifar(name, root, download):
     """Training split, test split and classes of cifar10 or cifar100."""
     try:
-        train, test = (_CIFAR[name](root, train=train, download=download) for train in (True, False))
+        train, test = (_CIFAR[name](root, part, download=download) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        hint = ("the download failed; put the extracted files there yourself, or name another folder"
-                if download else "allow the download with download=True, or name the folder that has them")
+        hint = ("the download failed; put the extracted files there, or name another folder"
+                if download else
+                "allow the download with download=True, or name the folder that has them")
         raise ValueError(f"{name} is not in {root}, or its files are damaged ({error}): {hint} "
                          "(argument root, or environment variable REPSPACE_DATA)") from error
     return _cifar_split(train), _cifar_split(test), tuple(train.classes)
 
-# %% ../nbs/instruments/data.ipynb #ab062ce1
+# %% ../nbs/instruments/data.ipynb #e82cd4f6
 def _folder_split(folder):
     """The images below `folder` as a Split of bytes, and the classes' names."""
     try:
         source = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"folder:PATH needs {folder} with a subfolder of images per class: {error}") from error
+        raise ValueError(f"folder:PATH needs {folder} with a subfolder of images per class: {error}"
+                         ) from error
     images = []
     for path, _ in source.samples:
         image = torch.from_numpy(np.array(source.loader(path))).permute(2, 0, 1)
         if images and image.shape != images[0].shape:
-            raise ValueError(f"images must be of one size, but {path} is {tuple(image.shape[1:])} "
-                             f"and {source.samples[0][0]} is {tuple(images[0].shape[1:])}: resize them first")
+            raise ValueError(f"images must be of one size: {path} is {tuple(image.shape[1:])}, "
+                             f"those before it {tuple(images[0].shape[1:])}; resize them first")
         images.append(image)
     return Split(torch.stack(images), torch.tensor(source.targets)), tuple(source.classes)
 
 def _folder(path):
     """Training split, test split and classes of an image folder with train/ and test/."""
-    (train, classes), (test, test_classes) = (_folder_split(Path(path) / part) for part in ("train", "test"))
+    train, classes = _folder_split(Path(path) / "train")
+    test, test_classes = _folder_split(Path(path) / "test")
     if classes != test_classes:
-        raise ValueError(f"train/ and test/ must have the same classes, but they have {classes} and {test_classes}")
+        raise ValueError("train/ and test/ must have the same classes, "
+                         f"but they have {classes} and {test_classes}")
     if train.images.shape[1:] != test.images.shape[1:]:
-        raise ValueError(f"images must be of one size, but train/ has {tuple(train.images.shape[1:])} "
-                         f"and test/ has {tuple(test.images.shape[1:])}")
+        raise ValueError(f"images must be of one size: train/ has {tuple(train.images.shape[2:])} "
+                         f"and test/ {tuple(test.images.shape[2:])}; resize them first")
     return train, test, classes
 
-# %% ../nbs/instruments/data.ipynb #decf2aa2
+# %% ../nbs/instruments/data.ipynb #86367863
 def load(name, root=None, download=True, seed=0):
-    """The data set `name`: "digits", "cifar10", "cifar100" or "folder:PATH" (with train/ and test/ inside).
+    """The data set `name`: "digits", "cifar10", "cifar100" or "folder:PATH" (with train/ and test/).
 
-    Digits come as float32 in [0, 1], split by `seed`; the others as uint8, in the split they have (see
-    `as_float`). `root` is where CIFAR lies or is put: else REPSPACE_DATA, else a cache folder of the user.
+    Digits come as float32 in [0, 1], split by `seed`; the others as uint8, in the split they have
+    (see `as_float`). `root` is where CIFAR lies or is put, else REPSPACE_DATA, else a user's cache.
+    `ValueError` where the name is unknown, the files are missing, or they do not fit together.
     """
     if name == "digits":
         train, test, classes = _digits(seed)
@@ -134,16 +140,17 @@ def load(name, root=None, download=True, seed=0):
     elif name.startswith("folder:") and name != "folder:":
         train, test, classes = _folder(name.removeprefix("folder:"))
     else:
-        raise ValueError(f"data {name!r} is unknown: allowed are digits, cifar10, cifar100 and folder:PATH")
+        raise ValueError(f"data {name!r} is unknown: "
+                         "allowed are digits, cifar10, cifar100 and folder:PATH")
     return Dataset(train, test, classes, *channel_statistics(train.images))
 
-# %% ../nbs/instruments/data.ipynb #a8447468
+# %% ../nbs/instruments/data.ipynb #ff9542aa
 def first(split, n=None):
-    """The first `n` images of `split`, as evenly from its classes as can be, in their order; None takes all."""
+    """The first `n` images of `split`, as evenly from its classes as can be, in order; or all."""
     if n is None or n == len(split.labels):
         return split
     if not 0 < n < len(split.labels):
-        raise ValueError(f"the split has {len(split.labels)} images, so 1 to that many can be taken, not {n}")
+        raise ValueError(f"the split has {len(split.labels)} images: 1 to all can be taken, not {n}")
     rank = torch.empty_like(split.labels)
     for k in split.labels.unique():
         of_class = split.labels == k
@@ -151,13 +158,13 @@ def first(split, n=None):
     chosen = rank.argsort(stable=True)[:n].sort().values
     return Split(split.images[chosen], split.labels[chosen])
 
-# %% ../nbs/instruments/data.ipynb #8d76d2a0
+# %% ../nbs/instruments/data.ipynb #afd369e0
 def flip(images, mirrored):
     """`images` (N, C, H, W), those where `mirrored` (N,) is true from left to right."""
     return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 def crop(images, offsets, pad):
-    """Windows of the original size out of `images` padded by `pad`; offsets (N, 2) in 0..2*pad, rows first."""
+    """Windows in `images` padded by `pad`, of their size, at offsets (N, 2), rows first, in 0..2*pad."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pad,) * 4).permute(0, 2, 3, 1)
     top, left = offsets.to(images.device).T[:, :, None]
@@ -166,27 +173,28 @@ def crop(images, offsets, pad):
     image = torch.arange(n, device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/instruments/data.ipynb #a248e000
+# %% ../nbs/instruments/data.ipynb #c693eec5
 AUGMENTATIONS = ("none", "flip", "crop-flip")
 
 def augmented(images, augment, generator):
-    """`images` augmented as `augment` says ("none", "flip" or "crop-flip"), drawn from `generator` (CPU)."""
+    """`images` augmented as `augment` says (one of AUGMENTATIONS), drawn from `generator` (CPU)."""
     if augment not in AUGMENTATIONS:
         raise ValueError(f"augment {augment!r} is unknown: allowed are {', '.join(AUGMENTATIONS)}")
     if augment == "none":
         return images
     if generator is None:
-        raise ValueError(f"augment {augment!r} draws at random: it needs the generator `augmentation`")
+        raise ValueError(f"augment {augment!r} is random: it needs a generator (`augmentation`)")
     if augment == "crop-flip":
         pad = images.shape[-1] // 8
-        images = crop(images, torch.randint(2 * pad + 1, (len(images), 2), generator=generator), pad)
+        offsets = torch.randint(2 * pad + 1, (len(images), 2), generator=generator)
+        images = crop(images, offsets, pad)
     return flip(images, torch.rand(len(images), generator=generator) < .5)
 
-# %% ../nbs/instruments/data.ipynb #978a7b5f
+# %% ../nbs/instruments/data.ipynb #b1544576
 def batches(split, size, augment="none", order=None, augmentation=None):
-    """Batches of `split` as (float images in [0, 1], labels), on the device that holds it; the last may be smaller.
+    """Batches of `split`, (float images in [0, 1], labels), where it lies; the last may be smaller.
 
-    `order` and `augmentation` are CPU generators: without `order` the images come as they stand.
+    `order` and `augmentation` are CPU generators; without `order` the images come as they stand.
     """
     n = len(split.labels)
     index = torch.arange(n) if order is None else torch.randperm(n, generator=order)

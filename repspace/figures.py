@@ -33,12 +33,13 @@ markers = {"none": "o", "label-smoothing": "s", "mixup": "^", "cutmix": "D",
 names = {"none": "plain", "label-smoothing": "label smoothing", "mixup": "Mixup", "cutmix": "CutMix",
          "weight-decay": "weight decay", "dropout": "dropout", "feature-norm": "feature norm"}
 
-# %% ../nbs/instruments/figures.ipynb #b30fa377
+# %% ../nbs/instruments/figures.ipynb #a939d2ec
 def style(regularizer):
     """Keyword arguments `color` and `marker` for the regularizer text, such as "mixup:1.0"."""
     kind = str(regularizer).split(":")[0]
     if kind not in palette:
-        raise ValueError(f"no colour for regularizer {regularizer!r}; known kinds: {', '.join(palette)}")
+        raise ValueError(f"no colour for regularizer {regularizer!r}; known kinds: "
+                         f"{', '.join(palette)}")
     return dict(color=palette[kind], marker=markers[kind])
 
 def name(regularizer):
@@ -46,16 +47,17 @@ def name(regularizer):
     kind, _, strength = str(regularizer).partition(":")
     return " ".join(filter(None, [names.get(kind, kind), strength]))
 
-# %% ../nbs/instruments/figures.ipynb #500f768c
+# %% ../nbs/instruments/figures.ipynb #df725d7d
 def ordered(regularizers):
     """The different regularizer texts among `regularizers`, in the order of the palette."""
-    return sorted(set(regularizers), key=lambda text: (list(palette).index(str(text).split(":")[0]), text))
+    order = list(palette)
+    return sorted(set(regularizers), key=lambda text: (order.index(str(text).split(":")[0]), text))
 
-# %% ../nbs/instruments/figures.ipynb #68a3bd7a
+# %% ../nbs/instruments/figures.ipynb #f11cfc69
 full, half, row_height = 7.0, 3.4, 2.4
 
 def size(columns=2, rows=1):
-    """(width, height) in inches of a figure of `columns` (1: half the page, more: all of it) and `rows`."""
+    """(width, height) in inches of a figure; one column is half the page, more are all of it."""
     return (half if columns == 1 else full, row_height * rows)
 
 # %% ../nbs/instruments/figures.ipynb #224957cc
@@ -81,9 +83,9 @@ def subplots(rows=1, columns=1, figsize=None, **kwargs):
                                  layout="constrained", **kwargs)
     return fig, axes
 
-# %% ../nbs/instruments/figures.ipynb #1bdb1928
+# %% ../nbs/instruments/figures.ipynb #02983018
 def _inline(fig, label):
-    """The matplotlib figure as an `<svg>` element in which black is `currentColor`; `label` is its alt text."""
+    """The matplotlib figure as an `<svg>` in which black is `currentColor`; `label` is its alt text."""
     out = io.StringIO()
     no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "repspace"}):
@@ -93,16 +95,17 @@ def _inline(fig, label):
     svg = re.sub(r"\s*<(style|metadata)\b.*?</\1>", "", svg[svg.index("<svg"):], flags=re.S)
     prefix = "f" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
-    width, height, box = (re.search(rf'{key}="([^"]*)"', svg)[1] for key in ("width", "height", "viewBox"))
+    width, height, box = (re.search(rf'{key}="([^"]*)"', svg)[1]
+                          for key in ("width", "height", "viewBox"))
     root = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="{box}" width="{width}" height="{height}" role="img" '
             f'aria-label="{html.escape(label)}" fill="currentColor" style="max-width:100%;height:auto;'
             'stroke-linejoin:round;stroke-linecap:butt">')
     return root + svg[svg.index(">") + 1:].replace("#000000", "currentColor").strip()
 
-# %% ../nbs/instruments/figures.ipynb #4fe9c088
+# %% ../nbs/instruments/figures.ipynb #d7260a1c
 class Figure:
-    """A matplotlib figure with a caption and an alt text, as inline SVG that reads in light and dark."""
+    """A matplotlib figure with caption and alt text, as inline SVG that reads in light and dark."""
 
     def __init__(self, fig, caption, alt):
         if not str(alt).strip():
@@ -118,10 +121,14 @@ class Figure:
     def __repr__(self):
         return f"Figure: {self.alt}"
 
-    def save_svg(self, path, color="#767676"):
-        """Write a file of its own; `color` takes the place of the page's text colour (a README has none)."""
+    def file_text(self, color="#767676"):
+        """The text of an SVG file; `color` takes the place of the page's (a README has none)."""
         head = '<?xml version="1.0" encoding="utf-8"?>\n'
-        Path(path).write_text(head + self.svg.replace("currentColor", color) + "\n", encoding="utf-8")
+        return head + self.svg.replace("currentColor", color) + "\n"
+
+    def save_svg(self, path, color="#767676"):
+        """Write `file_text` to `path`."""
+        Path(path).write_text(self.file_text(color), encoding="utf-8")
 
 # %% ../nbs/instruments/figures.ipynb #c48aa46e
 units = {"": (1, 3, ""), "%": (100, 1, " %"), "points": (100, 2, " points")}
@@ -134,8 +141,8 @@ def number(value, unit="", signed=False):
     rounded = round(float(value) * factor, digits) + 0.0
     return f"{rounded:{'+' if signed else ''}.{digits}f}{suffix}".replace("-", "−")
 
-# %% ../nbs/instruments/figures.ipynb #2e63f7b7
-verdict_marks = {"supported": "+", "contradicted": "−", "none": "=", "open": "?", "not applicable": "·"}
+# %% ../nbs/instruments/figures.ipynb #76140f00
+verdict_marks = {"supported": "✓", "contradicted": "✗", "none": "=", "open": "?", "not applicable": "·"}
 verdict_colors = {"supported": "#0072B2", "contradicted": "#B34D00", "none": "#6E6E6E", "open": "none",
                   "not applicable": "none"}
 
@@ -185,17 +192,19 @@ def _effect_panel(ax, rows, labels):
     unit = {"points": ", points", "%": ", %", "": ""}[first["unit"]]
     ax.set_xlabel(f"{first['kind']}{unit}\n{side}")
 
-# %% ../nbs/instruments/figures.ipynb #73781228
+# %% ../nbs/instruments/figures.ipynb #18091cf4
 @theme()
 def effects(ledger, claim_id, caption=None):
-    """Forest plot of the rows of a claim in the ledger, by model: effect, interval, seeds, band, verdict."""
+    """Forest plot of a claim's rows, by model: effect, interval, seeds, band, verdict."""
     rows = ledger[ledger["claim"] == claim_id]
     if rows.empty:
-        raise ValueError(f"the ledger has no rows of claim {claim_id!r}; it has {sorted(set(ledger['claim']))}")
-    models = list(dict.fromkeys(rows["model"]))
-    panels = [panel for _, panel in rows.groupby(["unit", "low_bound", "high_bound", "claimed"], sort=False)]
-    labels = [panel.groupby(["label", "model"], sort=False).size().groupby("label", sort=False).max().to_dict()
-              for panel in panels]
+        raise ValueError(f"the ledger has no rows of claim {claim_id!r}; "
+                         f"it has {sorted(set(ledger['claim']))}")
+    models = sorted(set(rows["model"]))
+    shared = ["unit", "low_bound", "high_bound", "claimed"]
+    panels = [panel for _, panel in rows.groupby(shared, sort=False)]
+    labels = [panel.groupby(["label", "model"], sort=False).size().groupby("label", sort=False).max()
+              .to_dict() for panel in panels]
     heights = [0.17 * sum(n + 0.9 for n in each.values()) for each in labels]
     fig, axes = subplots(len(panels), len(models), (full, sum(heights) + 0.62 * len(panels) + 0.5),
                          height_ratios=heights, sharey="row", sharex="row")
@@ -208,14 +217,16 @@ def effects(ledger, claim_id, caption=None):
     _legend(fig, rows["regularizer"])
     fig.supxlabel(_key(rows["verdict"]), fontsize=8)
     found = _counts(rows["verdict"])
-    caption = caption or (f"{len(rows)} effects: {found}. Points are seeds, lines their intervals, corrected "
-                          "together; the band is the region that the claim names.")
-    by_measure = "; ".join(f"{label}: {_counts(each['verdict'])}" for label, each in rows.groupby("label", sort=False))
-    return Figure(fig, caption, f"Forest plot of the claim {claim_id} on {', '.join(models)}. {by_measure}.")
+    caption = caption or (f"{len(rows)} effects: {found}. Points are seeds, lines their intervals, "
+                          "corrected together; the band is the region that the claim names.")
+    by_measure = "; ".join(f"{label}: {_counts(each['verdict'])}"
+                           for label, each in rows.groupby("label", sort=False))
+    alt = f"Forest plot of the claim {claim_id} on {', '.join(models)}. {by_measure}."
+    return Figure(fig, caption, alt)
 
-# %% ../nbs/instruments/figures.ipynb #4c9776f5
+# %% ../nbs/instruments/figures.ipynb #e659fcf9
 def _cell(ax, x, y, verdicts):
-    """One cell: a segment for each verdict among `verdicts`, with its mark, and its count if there are more."""
+    """One cell: a segment per different verdict, with its mark and, if there are more, its count."""
     counts = pd.Series(list(verdicts)).value_counts().reindex(list(verdict_marks)).dropna().astype(int)
     width = 0.92 / len(counts)
     for i, (verdict, count) in enumerate(counts.items()):
@@ -226,14 +237,16 @@ def _cell(ax, x, y, verdicts):
                 ha="center", va="center_baseline", fontsize=8.5 if len(counts) < 4 else 7,
                 fontweight="bold", color=ink if fill == "none" else "white")
 
-# %% ../nbs/instruments/figures.ipynb #39abc22b
+# %% ../nbs/instruments/figures.ipynb #b9199670
 def _scorecard_axes(ax, lines, models, order):
     """Label the grid, and return the x of each (model, regularizer)."""
-    xs = {(m, r): i * (len(order) + 0.35) + j for i, m in enumerate(models) for j, r in enumerate(order)}
+    xs = {(m, r): i * (len(order) + 0.35) + j
+          for i, m in enumerate(models) for j, r in enumerate(order)}
     ax.set(xlim=(-0.6, max(xs.values()) + 0.6), ylim=(len(lines) - 0.4, -0.6))
     ax.set_xticks(list(xs.values()), [name(r).replace(" ", "\n") for _, r in xs], fontsize=7)
     ax.set_yticks(range(len(lines)), [label or claim for claim, label in lines], fontsize=7.5)
-    for tick, (_, label) in zip(ax.get_yticklabels(), lines): tick.set_fontweight("normal" if label else "bold")
+    for tick, (_, label) in zip(ax.get_yticklabels(), lines):
+        tick.set_fontweight("normal" if label else "bold")
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     above = ax.secondary_xaxis("top")
@@ -243,13 +256,14 @@ def _scorecard_axes(ax, lines, models, order):
     above.spines[:].set_visible(False)
     return xs
 
-# %% ../nbs/instruments/figures.ipynb #a716ed57
+# %% ../nbs/instruments/figures.ipynb #348bcefe
 @theme()
 def scorecard(ledger, measures=False, caption=None):
-    """Grid of verdicts by claim and condition; with `measures=True` a row for each measure of a claim."""
-    models, order = list(dict.fromkeys(ledger["model"])), ordered(ledger["regularizer"])
+    """Grid of verdicts by claim and condition; `measures=True` gives each measure a row."""
+    models, order = sorted(set(ledger["model"])), ordered(ledger["regularizer"])
     claims = ledger.groupby("claim", sort=False)["label"].unique()
-    lines = [(claim, label) for claim in claims.index for label in (None, *(claims[claim] if measures else ()))]
+    lines = [(claim, label) for claim in claims.index
+             for label in (None, *(claims[claim] if measures else ()))]
     fig, axes = subplots(figsize=(full, (0.2 if measures else 0.27) * len(lines) + 1.1))
     xs = _scorecard_axes(axes[0, 0], lines, models, order)
     cells = ledger.groupby(["claim", "label", "model", "regularizer"] if measures else
@@ -257,15 +271,17 @@ def scorecard(ledger, measures=False, caption=None):
     for (claim, *label, model, text), verdicts in cells:
         _cell(axes[0, 0], xs[model, text], lines.index((claim, *(label or [None]))), verdicts)
     fig.supxlabel(_key(ledger["verdict"]), fontsize=8)
-    told = "; ".join(f"{claim}: {_counts(rows['verdict'])}" for claim, rows in ledger.groupby("claim", sort=False))
-    return Figure(fig, caption or f"{len(ledger)} verdicts: {_counts(ledger['verdict'])}. A number counts "
-                  "the measures of a claim.", f"Grid of verdicts by claim and condition. {told}.")
+    told = "; ".join(f"{claim}: {_counts(rows['verdict'])}"
+                     for claim, rows in ledger.groupby("claim", sort=False))
+    caption = caption or (f"{len(ledger)} verdicts: {_counts(ledger['verdict'])}." + (
+        "" if measures else " A number counts the measures of a claim."))
+    return Figure(fig, caption, f"Grid of verdicts by claim and condition. {told}.")
 
-# %% ../nbs/instruments/figures.ipynb #19c816d6
+# %% ../nbs/instruments/figures.ipynb #3fec6c63
 @theme()
 def paired_lines(runs, column, label=None, caption=None):
-    """Per model and regularizer, a line per seed from the plain run's value of `column` to the regularized."""
-    models = list(dict.fromkeys(runs["model"]))
+    """A line per seed from the plain run's value of `column` to the regularized one's, by model."""
+    models = sorted(set(runs["model"]))
     fig, axes = subplots(1, len(models), sharey=True)
     told = []
     for ax, model in zip(axes[0], models):
@@ -277,8 +293,9 @@ def paired_lines(runs, column, label=None, caption=None):
             ax.plot([i - 0.28, i + 0.28], pairs.T, color=look["color"], lw=0.7, alpha=0.6)
             ax.plot([i - 0.28] * len(pairs), pairs[:, 0], ls="", markersize=3, **style("none"))
             ax.plot([i + 0.28] * len(pairs), pairs[:, 1], ls="", markersize=4, mec="none", **look)
-            told.append(f"{model}, {name(text)}: mean {pairs[:, 0].mean():.3g} to {pairs[:, 1].mean():.3g}, "
-                        f"up in {int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds")
+            before, after = pairs.mean(0) if len(pairs) else (np.nan, np.nan)
+            told.append(f"{model}, {name(text)}: mean {before:.3g} to {after:.3g}, up in "
+                        f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds")
         ax.set_xticks(range(len(others)), [_wrapped(name(text), 10) for text in others])
         ax.set(title=model, xlim=(-0.6, len(others) - 0.4))
     axes[0, 0].set_ylabel(label or column)
@@ -286,20 +303,21 @@ def paired_lines(runs, column, label=None, caption=None):
     return Figure(fig, caption or f"{label or column} of plain and regularized runs; a line is a seed.",
                   f"{label or column}, plain to regularized. " + "; ".join(told) + ".")
 
-# %% ../nbs/instruments/figures.ipynb #ad018578
+# %% ../nbs/instruments/figures.ipynb #bdf4836a
 def _band(ax, x, curves, color, least=-np.inf, most=np.inf):
-    """Draw the mean of `curves` (seeds, n) and the 95 % interval of that mean; returns the mean (n,)."""
-    mean, low, high = np.transpose([stats.mean_interval(values) for values in np.asarray(curves, float).T])
+    """Draw the mean of `curves` (seeds, n) and its 95 % interval; returns the mean (n,)."""
+    intervals = [stats.mean_interval(values) for values in np.asarray(curves, float).T]
+    mean, low, high = np.transpose(intervals)
     ax.plot(x, mean, color=color)
     if np.isfinite(low).all():
         ax.fill_between(x, low.clip(least, most), high.clip(least, most), color=color, alpha=0.15, lw=0)
     return mean
 
-# %% ../nbs/instruments/figures.ipynb #5fd7509c
+# %% ../nbs/instruments/figures.ipynb #ffdcd599
 @theme()
 def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
-    """Mean and 95 % band over seeds of a curve ("success" or "robust_accuracy") against eps in /255, by model."""
-    models = list(dict.fromkeys(runs["model"]))
+    """Mean and 95 % band over seeds of "success" or "robust_accuracy" against eps in /255, by model."""
+    models = sorted(set(runs["model"]))
     fig, axes = subplots(1, len(models), sharey=True)
     told, words = [], {"success": "attack success", "robust_accuracy": "robust accuracy"}[value]
     for ax, model in zip(axes[0], models):
@@ -310,19 +328,21 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
             curves = np.array([curve[attack][value] for curve in group["curves"]])
             mean = _band(ax, eps, curves, style(text)["color"], 0, 1)
             ax.plot(eps, mean, ls="", markersize=4, mec="none", **style(text))
-            told.append(f"{model}, {name(text)}: {mean[0]:.2f} at {eps[0]:g} to {mean[-1]:.2f} at {eps[-1]:g}")
+            told.append(f"{model}, {name(text)}: {mean[0]:.2f} at {eps[0]:g} "
+                        f"to {mean[-1]:.2f} at {eps[-1]:g}")
         if reference: ax.axvline(reference, color=ink, lw=0.8, ls="--")
         ax.set(title=model, xlabel="ε / 255", ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel(words)
     _legend(fig, runs["regularizer"])
-    return Figure(fig, caption or f"{words.capitalize()} under {attack.upper()} over its limit: mean and 95 % "
-                  "band over seeds.", f"{words.capitalize()} against ε under {attack.upper()}. " + "; ".join(told) + ".")
+    title = f"{words.capitalize()} under {attack.upper()} over its limit"
+    caption = caption or f"{title}: mean and 95 % band over seeds."
+    return Figure(fig, caption, f"{title}. {'; '.join(told)}.")
 
-# %% ../nbs/instruments/figures.ipynb #265d1818
+# %% ../nbs/instruments/figures.ipynb #e5e47129
 @theme()
 def training(runs, column, label=None, target=None, caption=None):
     """Mean and 95 % band over seeds of a column of `runs["history"]` by epoch, a panel per model."""
-    models = list(dict.fromkeys(runs["model"]))
+    models = sorted(set(runs["model"]))
     fig, axes = subplots(1, len(models))
     told, label = [], label or column
     for ax, model in zip(axes[0], models):
@@ -342,7 +362,7 @@ def training(runs, column, label=None, target=None, caption=None):
     return Figure(fig, caption or f"Along training: {label}. Mean and 95 % band over seeds.",
                   f"Along training, {label}, first to last epoch. " + "; ".join(told) + ".")
 
-# %% ../nbs/instruments/figures.ipynb #5c08ebbb
+# %% ../nbs/instruments/figures.ipynb #9e510a91
 def _reliability_panel(ax, regularizer, table):
     """Draw one diagram; returns the mean of confidence minus accuracy."""
     known = str(regularizer).split(":")[0] in palette
@@ -353,11 +373,11 @@ def _reliability_panel(ax, regularizer, table):
     ax.bar(table["low"], 0.3 * share / share.max(), table["high"] - table["low"], align="edge",
            color=color, alpha=0.25, lw=0)
     ax.vlines(table["confidence"], table["accuracy_low"], table["accuracy_high"], color=color, lw=1)
-    ax.plot(table["confidence"], table["accuracy"], "o", markersize=3.5, color=color)
+    ax.plot(table["confidence"], table["accuracy"], "o", markersize=3.5, color=color, clip_on=False)
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     return float((share * gap).sum())
 
-# %% ../nbs/instruments/figures.ipynb #db31ba95
+# %% ../nbs/instruments/figures.ipynb #28b8c813
 @theme()
 def reliability(tables, caption=None):
     """Reliability diagrams of `tables`: {(model, regularizer): table of calibration.reliability}.
@@ -374,79 +394,85 @@ def reliability(tables, caption=None):
             if (model, title) not in tables: ax.set_axis_off()
             else:
                 gap = _reliability_panel(ax, title, tables[model, title])
-                told.append(f"{model} {name(title)}: mean confidence minus accuracy {number(gap, signed=True)}")
+                told.append(f"{model} {name(title)}: mean confidence minus accuracy "
+                            f"{number(gap, signed=True)}")
         axes[i, 0].set_ylabel(f"{model}\naccuracy".strip())
     for ax, title in zip(axes[0], titles): ax.set_title(name(title))
     for ax in axes[-1]: ax.set_xlabel("confidence")
     return Figure(fig, caption or "Accuracy against confidence; below the diagonal is overconfidence.",
                   "Reliability diagrams. " + "; ".join(text.strip() for text in told) + ".")
 
-# %% ../nbs/instruments/figures.ipynb #b0be6eca
+# %% ../nbs/instruments/figures.ipynb #8bf33355
 def reliability_by_condition(recorded, n_bins=10, caption=None):
     """`reliability` for each condition of a Records, the images of all its seeds pooled."""
     tables = {}
-    for model in dict.fromkeys(recorded.runs["model"]):
+    for model in sorted(set(recorded.runs["model"])):
         for text in ordered(recorded.runs["regularizer"]):
             same = (recorded.runs["model"] == model) & (recorded.runs["regularizer"] == text)
             runs = [records.arrays(run.study, run.condition, run.seed, run.source)
                     for run in recorded.runs[same].itertuples()]
             if runs:
-                logits, labels = (np.concatenate([run[key] for run in runs]) for key in ("clean", "labels"))
-                tables[model, text] = calibration.reliability(calibration.softmax(logits), labels, n_bins)
+                logits = np.concatenate([run["clean"] for run in runs])
+                labels = np.concatenate([run["labels"] for run in runs])
+                probs = calibration.softmax(logits)
+                tables[model, text] = calibration.reliability(probs, labels, n_bins)
     return reliability(tables, caption)
 
-# %% ../nbs/instruments/figures.ipynb #ec963f67
+# %% ../nbs/instruments/figures.ipynb #a53d02ff
 @theme()
 def distributions(recorded, column, label=None, caption=None):
     """Densities of a column of `recorded.samples` (a Records) by regularizer, a panel per model."""
     known = recorded.runs[["condition", "model", "regularizer"]].drop_duplicates("condition")
     samples = recorded.samples[["condition", column]].merge(known, on="condition")
     samples = samples[np.isfinite(samples[column].astype(float))].astype({column: float})
-    models = list(dict.fromkeys(known["model"]))
+    models = sorted(set(known["model"]))
     fig, axes = subplots(1, len(models))
     told, lines, texts = [], ["-", "--", "-.", ":"], ordered(samples["regularizer"])
     for ax, model in zip(axes[0], models):
         for i, text in enumerate(texts):
             group = samples[(samples["model"] == model) & (samples["regularizer"] == text)]
             if group.empty: continue
-            sns.kdeplot(x=group[column], ax=ax, color=style(text)["color"], cut=0, lw=1.5, ls=lines[i % 4])
+            sns.kdeplot(x=group[column], ax=ax, color=style(text)["color"], cut=0, lw=1.5,
+                        ls=lines[i % 4])
             quartiles = ", ".join(f"{q:.3g}" for q in group[column].quantile([0.25, 0.5, 0.75]))
             told.append(f"{model}, {name(text)}: quartiles {quartiles}")
         ax.set(title=model, xlabel=label or column, ylabel="", yticks=[])
         ax.spines["left"].set_visible(False)
     axes[0, 0].set_ylabel("density")
-    fig.legend(handles=[plt.Line2D([], [], color=style(text)["color"], ls=lines[i % 4], label=name(text))
-                        for i, text in enumerate(texts)], loc="outside upper center", ncols=len(texts))
+    handles = [plt.Line2D([], [], color=style(text)["color"], ls=lines[i % 4], label=name(text))
+               for i, text in enumerate(texts)]
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(texts))
     return Figure(fig, caption or f"Test images by regularizer: {label or column}.",
                   f"Densities of {label or column}. " + "; ".join(told) + ".")
 
-# %% ../nbs/instruments/figures.ipynb #f0b3f748
-def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), steps=121, arrows=9):
-    """Draw one net's plane through the origin, spanned by two `axes` (d,); returns the number of regions."""
+# %% ../nbs/instruments/figures.ipynb #6119838a
+def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), steps=151, arrows=9):
+    """Draw a net's plane through the origin and two `axes` (d,); returns the number of regions."""
     points = np.asarray(features, float) @ geometry.plane_axes(*axes).T
     extent, colors = 1.1 * np.quantile(np.abs(points), 0.998), np.array(class_colors)
     table = geometry.plane(weight, bias, *axes, extent, steps)
     u, v, confidence = (table[key].to_numpy().reshape(steps, steps) for key in ("u", "v", "confidence"))
     shown = colors[table["predicted"].to_numpy() % len(colors)].reshape(steps, steps, 3)
-    ax.imshow(shown, extent=[-extent, extent] * 2, origin="lower", alpha=0.32, interpolation="nearest")
+    ax.imshow(shown, extent=[-extent, extent] * 2, origin="lower", alpha=0.32, interpolation="none")
     ax.contour(u, v, confidence, levels=[0.5, 0.9, 0.99], colors=ink, linewidths=0.5, alpha=0.6)
     few = geometry.plane(weight, bias, *axes, extent * (1 - 1 / arrows), arrows)
     length = np.hypot(few["du"], few["dv"]).clip(lower=1e-300)
-    ax.quiver(few["u"], few["v"], few["du"] / length, few["dv"] / length, color=ink, alpha=0.7, pivot="mid",
-              angles="xy", scale=1.5 * arrows, width=0.006)
-    ax.scatter(*points.T, s=4, c=colors[np.asarray(labels) % len(colors)], lw=0, rasterized=True)
+    ax.quiver(few["u"], few["v"], few["du"] / length, few["dv"] / length, color=ink, alpha=0.7,
+              pivot="mid", angles="xy", scale=1.5 * arrows, width=0.006)
+    ax.scatter(*points[:400].T, s=4, c=colors[np.asarray(labels)[:400] % len(colors)], lw=0, rasterized=True)
     for k in np.unique(labels):
-        ax.annotate(str(k), points[labels == k].mean(0), ha="center", va="center", fontsize=8, fontweight="bold")
+        ax.annotate(str(k), points[labels == k].mean(0), ha="center", va="center", fontsize=9,
+                    fontweight="bold")
     ax.plot(0, 0, "+", color=ink, markersize=7)
     ax.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
     return table["predicted"].nunique()
 
 class_colors = sns.color_palette("colorblind", 10)
 
-# %% ../nbs/instruments/figures.ipynb #06bb3e98
+# %% ../nbs/instruments/figures.ipynb #7ae85758
 @theme()
 def plane_regions(nets, caption=None, columns=3):
-    """Planes of several nets: {title: dict(weight, bias, features, labels)}, and `axes` where d is above 2.
+    """Planes of nets: {title: dict(weight, bias, features, labels)}, with `axes` where d is above 2.
 
     Titles that are regularizers are put in words. More than ten classes repeat their colours.
     """
@@ -457,15 +483,15 @@ def plane_regions(nets, caption=None, columns=3):
         regions = _plane_panel(ax, **net)
         ax.set_title(name(title))
         ax.spines[:].set_visible(True)
-        told.append(f"{name(title)}: {regions} regions, {len(net['labels'])} samples")
+        told.append(f"{name(title)}: {regions} regions")
     for ax in axes.flat[len(nets):]: ax.set_axis_off()
     return Figure(fig, caption or "Predicted class (colours), confidence (contours at .5, .9 and .99), "
                   "descent of the loss (arrows) and samples (dots) in the plane.",
                   "Decision regions in a plane through the origin. " + "; ".join(told) + ".")
 
-# %% ../nbs/instruments/figures.ipynb #96a7bdd4
+# %% ../nbs/instruments/figures.ipynb #f6d179b9
 def planes(recorded, seed=0, model=None, caption=None):
-    """`plane_regions` of one model (default: the first) of a Records at one `seed`, untrained and trained."""
+    """`plane_regions` of one model (default: the first) of a Records: untrained and trained nets."""
     runs = recorded.runs[recorded.runs["seed"] == seed]
     runs = runs[runs["model"] == (model or runs["model"].iloc[0])].set_index("regularizer")
     nets = {}
@@ -477,5 +503,6 @@ def planes(recorded, seed=0, model=None, caption=None):
         for title, prefix in (("before training", "untrained."), (text, "")):
             net = {key: arrays[f"head.{prefix}{key}"] for key in ("weight", "bias")}
             features = arrays[f"{prefix}features"]
-            nets.setdefault(title, net | dict(features=features, labels=arrays["labels"][:len(features)]))
+            labels = arrays["labels"][:len(features)]
+            nets.setdefault(title, net | dict(features=features, labels=labels))
     return plane_regions(nets, caption)

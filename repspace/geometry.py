@@ -9,12 +9,13 @@ __all__ = ['rms', 'logit_scale', 'alignment', 'CenterCorrelation', 'center_corre
            'Centers', 'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets', 'soft_minimum',
            'span_basis', 'span_projector']
 
-# %% ../nbs/instruments/geometry.ipynb #a44835cc
+# %% ../nbs/instruments/geometry.ipynb #a5fc1dd1
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import log_softmax, softmax
+from scipy.spatial.distance import cdist, pdist
+from scipy.special import softmax
 
 from .arrays import check_head, like, to_numpy
 from .centers import (Centers, center_kinds, class_centers, class_means, reachable, smooth_targets,
@@ -37,15 +38,14 @@ def rms(features):
     Z = _vectors(features)
     return like(np.sqrt((Z**2).mean(1)), features)
 
-# %% ../nbs/instruments/geometry.ipynb #8c0f6f78
+# %% ../nbs/instruments/geometry.ipynb #60c82d61
 def logit_scale(weight, features):
     """‖Pz‖ times the median distance between two rows of `weight` (K, d), for `features` (N, d) → (N,)."""
     W, _, Z = check_head(weight, np.zeros(len(weight)), features)
-    i, j = np.triu_indices(len(W), 1)
-    apart = np.median([np.linalg.norm(W[a] - W[c]) for a, c in zip(i, j)]) if len(i) else 0.0
+    apart = np.median(pdist(W)) if len(W) > 1 else 0.0
     return like(np.linalg.norm(Z @ span_basis(W).T, axis=1) * apart, features)
 
-# %% ../nbs/instruments/geometry.ipynb #56421069
+# %% ../nbs/instruments/geometry.ipynb #4039eba0
 def _cosine(u, v):
     "Cosine of the rows of `u` and `v`; 0 where a norm is 0."
     norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
@@ -59,7 +59,8 @@ def alignment(features, centers, labels, span_of=None):
     """
     Z, C, y = _vectors(features), _vectors(centers), _labels(labels, len(features), len(centers))
     if Z.shape[1] != C.shape[1]:
-        raise ValueError(f"features and centers must have one dimension, but they are {Z.shape} and {C.shape}")
+        raise ValueError("features and centers must have one dimension, "
+                         f"but they are {Z.shape} and {C.shape}")
     if span_of is not None:
         basis = span_basis(span_of)
         Z, C = Z @ basis.T, C @ basis.T
@@ -70,13 +71,14 @@ def _labels(labels, n, num_classes):
     "Integer labels (N,) in 0..K-1."
     y = to_numpy(labels)
     if y.shape != (n,) or y.dtype.kind not in "iu" or (n and not 0 <= y.min() <= y.max() < num_classes):
-        raise ValueError(f"labels must be {n} integers in 0..{num_classes - 1}, but they are {y.dtype} {y.shape}"
-                         + (f" from {y.min()} to {y.max()}" if y.size else ""))
+        span = f" from {y.min()} to {y.max()}" if y.size else ""
+        raise ValueError(f"labels must be {n} integers in 0..{num_classes - 1}, "
+                         f"but they are {y.dtype} {y.shape}{span}")
     return y.astype(int)
 
-# %% ../nbs/instruments/geometry.ipynb #faa54a26
+# %% ../nbs/instruments/geometry.ipynb #300db6c7
 class CenterCorrelation(NamedTuple):
-    """Correlation of cos(z, center_k) with p_k, averaged over classes: over all samples, and those predicted as k."""
+    """Mean over classes of the correlation of cos(z, center_k) with p_k: over all samples; where predicted."""
     all: float
     predicted: float
 
@@ -105,9 +107,9 @@ def center_correlation(weight, bias, features, centers, classes=None):
     means = [np.mean(v) if len(v) else np.nan for v in (c[~np.isnan(c)] for c in np.array(found).T)]
     return CenterCorrelation(*map(float, means))
 
-# %% ../nbs/instruments/geometry.ipynb #7eae1307
+# %% ../nbs/instruments/geometry.ipynb #e4bb2468
 class RayInterval(NamedTuple):
-    """The ray αz keeps the class predicted at z exactly for α from `lo` (N,) to `hi` (N,), which may be inf."""
+    """The ray αz keeps the class predicted at z for α from `lo` (N,) to `hi` (N,), which may be inf."""
     lo: object
     hi: object
 
@@ -115,23 +117,25 @@ class RayInterval(NamedTuple):
 def ray_interval(weight, bias, features):
     """Where along the ray through each of `features` (N, d) the prediction stays the same → RayInterval.
 
-    `lo` is the apex gap: 0 where the ray is in its region from the origin on. `hi` is inf where it never leaves.
+    `lo` is the apex gap: 0 where the ray is in its region from the origin on. `hi` is inf where the ray is
+    open, that is, never leaves.
     """
     W, b, Z = check_head(weight, bias, features)
     s, rows = Z @ W.T, np.arange(len(Z))
     k = (s + b).argmax(1)
     D, B = s[rows, k, None] - s, b[k, None] - b
     # equal rows of W may differ by rounding in a matrix product; that must not close an open ray
-    D[np.abs(D) <= 1e-14 * np.abs(s).max(1, initial=0, keepdims=True)] = 0
+    size = np.linalg.norm(W, axis=1)
+    D[np.abs(D) <= 1e-14 * np.linalg.norm(Z, axis=1)[:, None] * np.maximum(size[k, None], size)] = 0
     with np.errstate(divide="ignore", invalid="ignore"):
         meets = -B / D
     lo = np.where(D > 0, meets, 0).max(1, initial=0)
     hi = np.where(D < 0, meets, np.inf).min(1, initial=np.inf)
     return RayInterval(like(np.minimum(lo, 1), features), like(np.maximum(hi, 1), features))
 
-# %% ../nbs/instruments/geometry.ipynb #2088788c
+# %% ../nbs/instruments/geometry.ipynb #d68ba005
 class ConeDegree(NamedTuple):
-    """`degree`, 1 - mean apex gap; `entry_distance`, mean α_lo‖Pz‖; `open_share`, share of rays never left."""
+    """`degree`, 1 - mean apex gap; `entry_distance`, mean α_lo‖Pz‖; `open_share`, rays that never leave."""
     degree: float
     entry_distance: float
     open_share: float
@@ -163,9 +167,12 @@ def first_misclassified_step(weight, bias, features, steps):
         first[here.max(1) > here[rows, k]] = i
     return like(first, features)
 
-# %% ../nbs/instruments/geometry.ipynb #8a06e1e5
+# %% ../nbs/instruments/geometry.ipynb #b72d8bd7
 def random_directions(weight, n, radius, seed, nonnegative=False):
-    """`n` vectors of norm `radius`, uniform on the sphere in the span of `weight` (K, d), or on z ≥ 0 → (n, d)."""
+    """`n` vectors of norm `radius`, uniform on the sphere in the span of `weight` (K, d) → (n, d).
+
+    With `nonnegative`, uniform on the part of the sphere in R^d where z ≥ 0.
+    """
     basis = span_basis(weight)
     rng = np.random.default_rng(seed)
     if nonnegative:
@@ -176,15 +183,15 @@ def random_directions(weight, n, radius, seed, nonnegative=False):
         raise ValueError("all rows of weight are equal: their differences span no direction")
     return like(radius * Z / np.linalg.norm(Z, axis=1, keepdims=True), weight)
 
-# %% ../nbs/instruments/geometry.ipynb #09c67579
+# %% ../nbs/instruments/geometry.ipynb #fb1a932b
 def loss_gradient(weight, bias, features, labels):
-    """∇ℓ_y at each of `features` (N, d), uphill: -loss_gradient(...) is the direction of descent → (N, d)."""
+    """∇ℓ_y at each of `features` (N, d), uphill: descent is -loss_gradient(...) → (N, d)."""
     W, b, Z = check_head(weight, bias, features)
     p = softmax(Z @ W.T + b, axis=1)
     p[np.arange(len(Z)), _labels(labels, len(Z), len(W))] -= 1
     return like(p @ W, features)
 
-# %% ../nbs/instruments/geometry.ipynb #f2de626b
+# %% ../nbs/instruments/geometry.ipynb #4433f94d
 def plane_axes(axis1, axis2):
     """Orthonormal rows (2, d): the direction of `axis1` (d,), and of what `axis2` (d,) adds to it."""
     u, v = to_numpy(axis1, float), to_numpy(axis2, float)
@@ -197,10 +204,10 @@ def plane_axes(axis1, axis2):
 
 
 def plane(weight, bias, axis1, axis2, extent, steps, label=None):
-    """The plane of two axes as a table: u, v, predicted, confidence, du, dv, one row for each point of a grid.
+    """The plane of two axes as a table: u, v, predicted, confidence, du, dv, a row per point of a grid.
 
-    u, v run from -`extent` to `extent` in `steps` steps along `plane_axes`; (du, dv) is -∇ℓ in the plane, of the
-    class `label` or, if None, of the class predicted there. Rows go along u first.
+    u, v take `steps` values from -`extent` to `extent` along `plane_axes`; (du, dv) is -∇ℓ in the plane, of
+    the class `label` or, if None, of the class predicted there. Rows go along u first.
     """
     W, b = check_head(weight, bias)
     axes = plane_axes(axis1, axis2)
@@ -211,9 +218,9 @@ def plane(weight, bias, axis1, axis2, extent, steps, label=None):
     du, dv = (-loss_gradient(W, b, points, toward) @ axes.T).T
     return pd.DataFrame(dict(u=u, v=v, predicted=p.argmax(1), confidence=p.max(1), du=du, dv=dv))
 
-# %% ../nbs/instruments/geometry.ipynb #a4b538a9
+# %% ../nbs/instruments/geometry.ipynb #fb82821f
 class Displacement(NamedTuple):
-    """Of Δz, each (N,): `norm`; `relative` to ‖z‖; `radial` (signed) and `lateral` parts; `toward_origin`, cos(Δz, -z)."""
+    """Of Δz: `norm`, `relative` to ‖z‖, `radial` (signed), `lateral`, `toward_origin` = cos(Δz, -z); all (N,)."""
     norm: object
     relative: object
     radial: object
@@ -236,9 +243,9 @@ def displacement(before, after):
     parts = norm, norm / np.where(size > 0, size, 1), radial, lateral, _cosine(delta, -Z)
     return Displacement(*(like(part, before) for part in parts))
 
-# %% ../nbs/instruments/geometry.ipynb #a8f56227
+# %% ../nbs/instruments/geometry.ipynb #497d9f1b
 class ThreeFactors(NamedTuple):
-    """`margin` (N, K), `laterality` (N, K), `displacement` (N,): class y is left where displacement·laterality > margin."""
+    """`margin`, `laterality` (N, K), `displacement` (N,): y is left where displacement·laterality > margin."""
     margin: object
     laterality: object
     displacement: object
@@ -247,30 +254,32 @@ class ThreeFactors(NamedTuple):
 def three_factors_from_logits(weight, bias, logits, moved_logits, labels, feature_norm, displacement_norm):
     """The factors from `logits` and `moved_logits` (N, K), ‖z‖ and ‖Δz‖ (N,) → ThreeFactors.
 
-    The label's own column has margin inf and laterality 0. No displacement has laterality 0; where ‖z‖ = 0 or two
-    rows of the weight are equal, that divisor is left out, and the rule stays true.
+    The label's own column has margin inf and laterality 0. No displacement has laterality 0; where ‖z‖ = 0
+    or two rows of the weight are equal, that divisor is left out, and the rule stays true. With ‖Pz‖ and
+    ‖PΔz‖ as the norms these are the factors in the span.
     """
     W, b = check_head(weight, bias)
     s, moved = to_numpy(logits, float), to_numpy(moved_logits, float)
     size, length = to_numpy(feature_norm, float), to_numpy(displacement_norm, float)
     if not (s.ndim == 2 and s.shape == moved.shape == (len(size), len(b)) and size.shape == length.shape):
-        raise ValueError(f"logits and moved_logits must be (N, {len(b)}), feature_norm and displacement_norm (N,), "
-                         f"but they are {s.shape}, {moved.shape}, {size.shape} and {length.shape}")
+        raise ValueError(f"logits and moved_logits must be (N, {len(b)}), feature_norm and displacement_norm "
+                         f"(N,), but they are {s.shape}, {moved.shape}, {size.shape} and {length.shape}")
     y, rows = _labels(labels, len(s), len(b)), np.arange(len(s))
     divisor = lambda x: np.where(x > 0, x, 1)
-    apart = divisor(np.linalg.norm(W[:, None] - W, axis=2))[y]
+    apart = cdist(W, W)[y]
     lead, led = s[rows, y, None] - s, moved[rows, y, None] - moved
-    margin = lead / (apart * divisor(size)[:, None])
-    laterality = (lead - led) / (apart * divisor(length)[:, None])
-    # equal rows: their logits can differ by rounding only
-    laterality[length == 0] = 0
-    laterality[(W[:, None] == W).all(2)[y]] = 0
+    margin = lead / (divisor(apart) * divisor(size)[:, None])
+    laterality = (lead - led) / (divisor(apart) * divisor(length)[:, None])
+    laterality[(length[:, None] == 0) | (apart == 0)] = 0   # what is left there is rounding
     margin[rows, y] = np.inf
     return ThreeFactors(*(like(part, logits) for part in (margin, laterality, length / divisor(size))))
 
 
 def three_factors(weight, bias, features, moved, labels):
-    """The factors by which `features` (N, d), moved to `moved` (N, d), keep or leave class `labels` (N,) → ThreeFactors."""
+    """Do `features` (N, d), moved to `moved` (N, d), leave class `labels` (N,), and by what? → ThreeFactors.
+
+    `margin` and `laterality` have the label's own column at inf and 0; see `three_factors_from_logits`.
+    """
     W, b, Z = check_head(weight, bias, features)
     after = check_head(weight, bias, moved)[2]
     if Z.shape != after.shape:

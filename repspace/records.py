@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'SCHEMA', 'FILES', 'IDENTITY', 'NEEDED', 'NAMES', 'key', 'identity', 'training_key', 'runs_root',
-           'results_root', 'check_slug', 'run_folder', 'write_file', 'write', 'set_aside', 'read_run', 'check',
-           'mark_failed', 'clear_failed', 'failure', 'failed', 'published_identities', 'publish', 'Records', 'load',
-           'arrays']
+           'results_root', 'check_slug', 'run_folder', 'write_file', 'write', 'remove_unfinished', 'set_aside',
+           'read_run', 'check', 'mark_failed', 'clear_failed', 'failure', 'failed', 'published_identities', 'publish',
+           'Records', 'load', 'arrays']
 
-# %% ../nbs/instruments/records.ipynb #66f2d52f
+# %% ../nbs/instruments/records.ipynb #e47491d6
 import hashlib, json, logging, math, os, re, shutil, uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 log = logging.getLogger(__name__)
 
@@ -89,31 +89,31 @@ def run_folder(study, condition, seed, runs=None):
     """The folder of one run's record below `runs` (default: `runs_root()`, else `./runs`)."""
     return _runs(runs) / check_slug(study) / check_slug(condition) / str(int(seed))
 
-# %% ../nbs/instruments/records.ipynb #587b2337
+# %% ../nbs/instruments/records.ipynb #178c7ae3
 def _sync(path):
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-def write_file(path, save):
-    """Let `save(temporary_path)` write a file, then name it `path`: there whole, or not at all."""
+def write_file(path, write):
+    """Let `write(temporary_path)` write a file, then name it `path`: there whole, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        save(temporary)
+        write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/instruments/records.ipynb #29ef608c
+# %% ../nbs/instruments/records.ipynb #9dcf7fb1
 def _write_json(path, content):
     Path(path).write_text(json.dumps(_plain(content), indent=1) + "\n")
 
 def _write_arrays(path, arrays):
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path)
+    Path(path).write_bytes(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
 
 def _write_frame(path, frame):
     frame.to_parquet(path, engine="pyarrow", compression="zstd", index=False)
@@ -145,6 +145,12 @@ def write(folder, run, samples, logits, head):
         _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../nbs/instruments/records.ipynb #cfc5b24d
+def remove_unfinished(folder):
+    """Remove temporary folders that killed processes left in the condition's folder `folder`."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\.\d+\.[0-9a-f]{12}", path.name): shutil.rmtree(path)
 
 # %% ../nbs/instruments/records.ipynb #aad47ad4
 def set_aside(folder):

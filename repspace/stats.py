@@ -41,9 +41,9 @@ def _standard_error(x):
     spread = x.std(ddof=1)
     return 0.0 if spread <= 8 * np.finfo(float).eps * np.abs(x).max() else spread / np.sqrt(len(x))
 
-# %% ../nbs/instruments/stats.ipynb #14f439fb
+# %% ../nbs/instruments/stats.ipynb #4abb75cd
 class PairedEffect(NamedTuple):
-    """Mean difference regularized − plain, its interval, and the differences themselves (Series by seed)."""
+    """Mean difference regularized − plain, its interval, and the differences (Series by seed)."""
     mean: float
     low: float
     high: float
@@ -56,10 +56,11 @@ def paired_effect(regularized, plain, level=0.95):
     Errors: seeds that only one side has, a seed that stands twice, unequal lengths.
     """
     if isinstance(regularized, pd.Series) and isinstance(plain, pd.Series):
-        twice = [*regularized.index[regularized.index.duplicated()], *plain.index[plain.index.duplicated()]]
+        twice = [s for side in (regularized, plain) for s in side.index[side.index.duplicated()]]
         alone = regularized.index.symmetric_difference(plain.index).tolist()
         if twice or alone:
-            raise ValueError(f"runs must pair by seed; seeds without a partner: {alone}, twice: {twice}")
+            raise ValueError(f"runs must pair by seed; seeds without a partner: {alone}, "
+                             f"twice: {twice}")
         plain = plain.reindex(regularized.index)
     elif len(regularized) != len(plain):
         raise ValueError(f"{len(regularized)} regularized and {len(plain)} plain values do not pair")
@@ -67,15 +68,15 @@ def paired_effect(regularized, plain, level=0.95):
     difference = pd.Series(np.asarray(regularized, float) - np.asarray(plain, float), index)
     return PairedEffect(*mean_interval(difference, level), difference)
 
-# %% ../nbs/instruments/stats.ipynb #273def99
+# %% ../nbs/instruments/stats.ipynb #f0271b88
 class Region(NamedTuple):
-    """The interval [low, high] that cuts the line in three, and the zone in which the claim puts its effect."""
+    """The interval that cuts the line in three, and the zone in which the claim puts its effect."""
     low: float
     high: float
     claimed: str
 
 def region(low, high, claimed):
-    """A `Region`; `claimed` is "above", "below" or "inside". Errors: another zone, or low above high."""
+    """A `Region`; `claimed` is "above", "below" or "inside". Errors: other zones, low above high."""
     if claimed not in ("above", "below", "inside"):
         raise ValueError(f'claimed is {claimed!r}; allowed: "above", "below", "inside"')
     if not low <= high:
@@ -94,14 +95,15 @@ def verdict(low, high, region):
     if zone == region.claimed: return "supported"
     return "none" if zone == "inside" else "contradicted"
 
-# %% ../nbs/instruments/stats.ipynb #ff93156f
+# %% ../nbs/instruments/stats.ipynb #e617701e
 def decision_p(values, region):
-    """p of the three-way decision about the mean of `values` (n,) and the region; 1 with a single value."""
+    """p of the three-way decision about the mean of `values` (n,); 1 with a single value."""
     x = np.asarray(values, float)
     mean, error = mean_interval(x).mean, _standard_error(x) if len(x) > 1 else np.inf
     if error == 0:
         return 1.0 if verdict(mean, mean, region) == "open" else 0.0
-    df, from_low, from_high = max(len(x) - 1, 1), (mean - region.low) / error, (mean - region.high) / error
+    df = max(len(x) - 1, 1)
+    from_low, from_high = (mean - region.low) / error, (mean - region.high) / error
     above, below = stdtr(df, -from_high), stdtr(df, from_low)
     inside = max(stdtr(df, -from_low), stdtr(df, from_high))
     return float(min(1.0, 2 * min(above, below, inside)))
@@ -163,7 +165,7 @@ def familywise_error(means, zone, n_seeds=10, shared=0.5, n_draws=2000, alpha=0.
         wrong += any(d.verdict not in ("open", t) for d, t in zip(decisions, true))
     return wrong / n_draws
 
-# %% ../nbs/instruments/stats.ipynb #4aeb3cf0
+# %% ../nbs/instruments/stats.ipynb #4fca1c36
 def bootstrap_interval(values, statistic=np.mean, level=0.95, n_draws=1000, seed=0):
     """Percentile bootstrap interval of `statistic` over the samples `values` (N,) or (N, …) of one run.
 
@@ -173,7 +175,8 @@ def bootstrap_interval(values, statistic=np.mean, level=0.95, n_draws=1000, seed
     arrays = tuple(np.asarray(a) for a in arrays)
     n = len(arrays[0])
     if n == 0 or any(len(a) != n for a in arrays):
-        raise ValueError(f"samples must be of one length above 0, but they are {[len(a) for a in arrays]}")
+        raise ValueError("samples must be of one length above 0, but they are "
+                         f"{[len(a) for a in arrays]}")
     draw = np.random.default_rng(seed)
     drawn = [statistic(*(a[rows] for a in arrays)) for rows in draw.integers(0, n, (n_draws, n))]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

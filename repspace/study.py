@@ -39,7 +39,7 @@ def _check_model(name):
     if name not in models.MODELS:
         raise ValueError(f"model {name!r} is unknown; allowed are {', '.join(models.MODELS)}")
 
-# %% ../nbs/instruments/study.ipynb #b68d3657
+# %% ../nbs/instruments/study.ipynb #cc62cde8
 @dataclass(frozen=True)
 class Condition:
     """Data set × model × regularizer × recipe, what is measured; `ValueError` if one is wrong."""
@@ -69,6 +69,13 @@ class Condition:
         size = "" if self.feature_dim is None else f"-{self.feature_dim}d"
         return ".".join(re.sub(r"[^A-Za-z0-9.-]", "-", part)
                         for part in (self.data, self.model + size, self.regularizer))
+
+    @property
+    def title(self):
+        """The condition in words."""
+        from repspace.figures import name
+        size = "" if self.feature_dim is None else f", {self.feature_dim} features"
+        return f"{self.data}, {self.model}{size}: {name(self.regularizer)}"
 
     def parameters(self):
         """What the condition notebook takes as parameters, a dict."""
@@ -174,12 +181,12 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/study.ipynb #1bc97aec
+# %% ../nbs/instruments/study.ipynb #9c3a45c7
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     import torch
     from repspace import regularize, train
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
@@ -187,7 +194,8 @@ def _train(condition, dataset, seed, path):
     training = {"history": history, "seconds": time.perf_counter() - start,
                 "provenance": provenance()}
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    records.write_file(path, lambda to: save_file(state, to, {"training": json.dumps(training)}))
+    content = save(state, {"training": json.dumps(training)})
+    records.write_file(path, lambda to: to.write_bytes(content))
     return classifier.cpu(), training
 
 # %% ../nbs/instruments/study.ipynb #4cc04994
@@ -232,11 +240,12 @@ def _describe(condition, seed, study):
                                         "training_key": records.training_key(settings)}
             | _circumstances())
 
-# %% ../nbs/instruments/study.ipynb #f94a2fc0
+# %% ../nbs/instruments/study.ipynb #fc32fadd
 def _make(condition, seed, study, runs):
     """Train and measure one run and write its record; "made", or "remeasured" if trained before."""
     from repspace import data
     dataset = data.load(condition.data, seed=seed)
+    dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     classifier, training, new = _trained(condition, dataset, seed, runs)
     start = time.perf_counter()
     measured = _measure(condition, classifier, dataset, seed)
@@ -264,7 +273,7 @@ def _attempt(condition, seed, study, runs):
     seconds = round(time.perf_counter() - start, 2)
     return {"seed": seed, "status": status, "seconds": seconds, "reason": reason}
 
-# %% ../nbs/instruments/study.ipynb #a2aa330c
+# %% ../nbs/instruments/study.ipynb #1317b7e7
 def run_condition(condition, seeds, study="adhoc", runs=None, published=True, progress=True):
     """Make the missing runs of `condition`; returns a table: seed, status, seconds, reason.
 
@@ -276,6 +285,7 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     folder = records.run_folder(study, condition.slug, 0, runs).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        records.remove_unfinished(folder)
         missing = missing_seeds(study, condition, seeds, runs, published)
         there = {"status": "done", "seconds": 0.0, "reason": None}
         rows = {seed: {"seed": seed} | there for seed in seeds}
@@ -417,18 +427,17 @@ def check_parameters(names):
     if unknown:
         raise ValueError(f"unknown parameters {unknown}; allowed are {', '.join(PARAMETERS)}")
 
-# %% ../nbs/instruments/study.ipynb #6c8e2d20
+# %% ../nbs/instruments/study.ipynb #7f03711f
 def _template():
     for folder in _experiments():
         if (folder / "condition.ipynb").is_file(): return folder / "condition.ipynb"
     raise ValueError("nbs/experiments/condition.ipynb is not here, above, or beside the package")
 
 def _notebook_key(job):
-    slug, made = Condition(**job["condition"]).slug, []
-    shared = records.published_identities(job["study"])
+    shared, made = records.published_identities(job["study"]), []
     for seed in job["seeds"]:
-        file = records.run_folder(job["study"], slug, seed, job["runs"]) / "run.json"
-        made.append([seed, file.read_text() if file.exists() else shared.get((slug, seed))])
+        file = records.run_folder(job["study"], job["slug"], seed, job["runs"]) / "run.json"
+        made.append([seed, file.read_text() if file.exists() else shared.get((job["slug"], seed))])
     return records.key([Path(job["template"]).read_text(), job["condition"], made])
 
 def _notebook_is_current(job):
@@ -436,16 +445,12 @@ def _notebook_is_current(job):
     except (OSError, ValueError): return False
     return notebook.get("metadata", {}).get("repspace") == _notebook_key(job)
 
-# %% ../nbs/instruments/study.ipynb #76aac107
+# %% ../nbs/instruments/study.ipynb #4635dead
 def _execute_condition(job):
     """Execute the condition notebook of `job`; its title and metadata then say which it is."""
-    from repspace.figures import name
-    condition = Condition(**job["condition"])
-    model = condition.model + (f" in {condition.feature_dim}-d" if condition.feature_dim else "")
     def edit(notebook):
-        title = f"# {condition.data}, {model}: {name(condition.regularizer)}"
         lines = notebook.cells[0].source.splitlines()
-        notebook.cells[0].source = "\n".join([title, *lines[1:]])
+        notebook.cells[0].source = "\n".join([f"# {job['title']}", *lines[1:]])
         notebook.metadata["repspace"] = _notebook_key(job)
         for path in ("input_path", "output_path"): notebook.metadata["papermill"].pop(path, None)
     parameters = job["condition"] | {name: job[name] for name in ("study", "seeds", "published")}
@@ -505,7 +510,7 @@ def _do(job, stop):
     for folder in _left(job): records.mark_failed(folder, reason)
     return reason if code and job["notebook"] else None
 
-# %% ../nbs/instruments/study.ipynb #93f32f4a
+# %% ../nbs/instruments/study.ipynb #d59ad921
 class _Progress:
     """How far the runs whose records go to `folders` have come, of `total` runs."""
 
@@ -520,28 +525,28 @@ class _Progress:
         return (sum(folder.is_dir() for folder in self.folders),
                 sum(records.failure(folder) is not None for folder in self.folders))
 
-    def show(self, now=False):
+    def show(self):
         made, failed = self.count()
         self.bar.n = self.before + made + failed
         self.bar.set_postfix(made=made, failed=failed)
         elapsed, ended = time.monotonic() - self.start, made + failed
-        if not self.bar.disable or not (now or elapsed - self.shown > 15): return
+        if not self.bar.disable or not self.folders or elapsed - self.shown < 15: return
         self.shown, rest = elapsed, len(self.folders) - ended
         left = tqdm.format_interval(elapsed / ended * rest) if ended else "unknown"
         log.info("%s: %d of %d runs (%d were there, %d made, %d failed), time left: %s", self.name,
                  self.before + ended, self.total, self.before, made, failed, left)
 
-# %% ../nbs/instruments/study.ipynb #90a5fcef
+# %% ../nbs/instruments/study.ipynb #72efa2ce
 def _jobs(study, number, runs, notebooks, published):
     """The jobs of round `number` (from 0): dicts that a worker can read."""
     rounds = study.rounds()
     seeds, so_far = rounds[number], [s for seeds in rounds[:number + 1] for s in seeds]
     for condition in sorted(study.conditions, key=lambda c: c.regularizer != "none"):
         missing = missing_seeds(study.name, condition, seeds, runs, published)
-        job = {"study": study.name, "condition": condition.parameters(), "runs": str(runs),
-               "published": published, "seeds": missing, "notebook": None}
+        job = {"study": study.name, "condition": condition.parameters(), "slug": condition.slug,
+               "runs": str(runs), "published": published, "seeds": missing, "notebook": None}
         if notebooks:
-            job |= {"seeds": so_far, "template": str(_template()),
+            job |= {"seeds": so_far, "template": str(_template()), "title": condition.title,
                     "notebook": str(notebooks / f"{condition.slug}.ipynb")}
         last = number == len(rounds) - 1
         if missing or (notebooks and last and not _notebook_is_current(job)): yield job
@@ -586,7 +591,7 @@ def _start(study, runs, published):
     for name in {condition.data for condition, _, _ in missing}: data.load(name)
     return missing
 
-# %% ../nbs/instruments/study.ipynb #e7691503
+# %% ../nbs/instruments/study.ipynb #bec17575
 def run(study, on="local", runs=None, notebooks=None, published=True, workers=None):
     """Make the missing runs of `study`: a name, the path of a YAML file, or a Study → Outcome.
 
@@ -606,7 +611,7 @@ def run(study, on="local", runs=None, notebooks=None, published=True, workers=No
     for number in range(len(study.rounds())):
         jobs = list(_jobs(study, number, runs, notebooks, published))
         if jobs: broken += _do_round(jobs, workers or cores, progress.show)
-    progress.show(now=True)
+    progress.show()
     progress.bar.close()
     failed = [(condition.slug, f"seed {seed}", records.failure(folder))
               for condition, seed, folder in missing if records.failure(folder)]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from repspace import claims, figures, stats
+from repspace import claims, figures, records, stats
 
 BELOW = stats.region(-1, 1, "below")
 REGULARIZERS = ("none", "label-smoothing:0.1", "mixup:1.0", "cutmix:1.0")
@@ -69,10 +69,7 @@ def test_a_constant_row_beside_others_changes_nothing_but_the_count():
 
 
 def constructed(targets, n_seeds=10, data="digits"):
-    """Made-up records; `targets(measure)` is the effect that each measure of each claim shall have.
-
-    Claims that read one column get records of their own, so that effects do not collide.
-    """
+    """Made-up records of one net in which each Measure of `targets` has the effect that stands there."""
     draw, rows, images = np.random.default_rng(0), [], []
     for text in REGULARIZERS:
         condition = f"{data}.net.{text.replace(':', '-')}"
@@ -148,10 +145,43 @@ def test_feature_dimensions_do_not_pair():
 
 
 def test_an_empty_ledger_has_its_columns_and_can_be_compared():
-    empty = claims.ledger(constructed({claims.get("accuracy").measures[0]: 0.1}).__class__(
-        runs=constructed({}).runs.iloc[:0], samples=constructed({}).samples))
+    nothing = constructed({})
+    empty = claims.ledger(SimpleNamespace(runs=nothing.runs.iloc[:0], samples=nothing.samples))
     assert list(empty.columns) == claims.ledger_columns and claims.compare(empty, empty).empty
     assert claims.summary(empty).empty
+
+
+@pytest.fixture
+def small_study(tmp_path, monkeypatch):
+    """Two written records of one made-up net with d = 2, whose untrained biases are all zero."""
+    monkeypatch.setenv("REPSPACE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    head = {"weight": draw.normal(size=(3, 2)).astype("f4"), "bias": np.ones(3, "f4"),
+            "untrained.weight": draw.normal(size=(3, 2)).astype("f4"), "untrained.bias": np.zeros(3, "f4")}
+    z, labels = draw.normal(size=(30, 2)).astype("f4"), np.arange(30) % 3
+    logits = {"labels": labels, "features": z, "untrained.features": z, "clean": z @ head["weight"].T + 1}
+    samples = pd.DataFrame(dict(image=range(30), label=labels, prediction=labels, subset=True,
+                                cos_label=0.5, cos_label_span=0.5))
+    for text in ("none", "mixup:1.0"):
+        condition = f"digits.net-2d.{text.replace(':', '-')}"
+        run = dict(study="small", condition=condition, data="digits", model="net", feature_dim=2, seed=0,
+                   regularizer=text, identity=condition, scalars=dict.fromkeys(claims.columns()[0], 1.0))
+        records.write(records.run_folder("small", condition, 0), run, samples, logits, head)
+    return records.load("small")
+
+
+def test_heads_that_start_without_bias_are_not_judged_before_training(small_study):
+    ledger = claims.ledger(small_study)
+    before = ledger["measure"].str.startswith("untrained_")
+    assert set(ledger[before]["verdict"]) == {"not applicable"}
+    assert set(ledger[~before]["verdict"]) == {"open"}
+
+
+def test_figures_are_drawn_from_records(small_study):
+    assert "before training: " in figures.planes(small_study).alt
+    assert "net Mixup 1.0: mean confidence" in figures.reliability_by_condition(small_study).alt
+    assert "net, plain" in figures.distributions(small_study, "image").alt
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,281 @@
+"""Studies under faults: real processes that are killed, runs that fail, definitions that are wrong."""
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from repspace import records, study
+
+RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
+PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
+
+
+def definition(**changes):
+    """A study of two conditions and two seeds, seconds of work."""
+    return {"study": "tiny", "seeds": 2, "grid": [{"data": "digits", "models": ["tiny-cnn"],
+            "regularizers": ["mixup:1.0", "none"], "recipe": RECIPE}]} | changes
+
+
+def entry(regularizer, **changes):
+    """A grid entry of one condition."""
+    return {"data": "digits", "models": ["tiny-cnn"], "regularizers": [regularizer], "recipe": RECIPE | changes}
+
+
+def define(place, **changes):
+    path = place / "tiny.yaml"
+    path.write_text(yaml.safe_dump(definition(**changes)))
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REPSPACE_RUNS", raising=False)
+    for name in ("runs", "results"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def start(place, *words):
+    """`python -m repspace.study tiny.yaml` as a process."""
+    return subprocess.Popen([sys.executable, "-m", "repspace.study", "tiny.yaml", *words], cwd=place, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process):
+    return process.communicate(timeout=120)[0], process.returncode
+
+
+def there(place):
+    """When each record of the study was made."""
+    return {str(p.relative_to(place)): p.stat().st_mtime_ns for p in place.glob("runs/tiny/*/[0-9]/run.json")}
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def running(family):
+    return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_study_goes_on_and_does_only_what_is_missing(place, capsys):
+    define(place, seeds=3)
+    process = start(place, "--workers", "1")
+    wait_for(lambda: there(place))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not running(family), 10)
+    before = there(place)
+    assert 0 < len(before) < 6, "the study was to be killed in the middle"
+    assert study.main(["tiny.yaml"]) == 0
+    assert f"{len(before)} runs were there, {6 - len(before)} were made" in capsys.readouterr().out
+    after = there(place)
+    assert len(after) == 6 and before.items() <= after.items()
+    assert not list(place.glob("runs/tiny/*/.*.*")), "unfinished records are removed"
+    assert len(records.load("tiny", "fresh").samples) == 6 * 1597
+    assert study.main(["tiny.yaml"]) == 0 and there(place) == after
+    assert "6 runs were there, 0 were made, 0 failed" in capsys.readouterr().out
+
+
+def test_interrupting_ends_the_workers(place):
+    define(place, seeds=5)
+    process = start(place)
+    wait_for(lambda: there(place))
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    said, code = finish(process)
+    assert code == 130 and "goes on from here" in said and "Traceback" not in said
+    wait_for(lambda: not running(family), 10)
+
+
+def test_a_killed_worker_is_replaced(place, caplog):
+    define(place, grid=[entry("none")])
+    known = set(psutil.Process().children())
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(study.run, "tiny.yaml")
+        wait_for(lambda: set(psutil.Process().children()) - known)
+        worker, = set(psutil.Process().children()) - known
+        worker.kill()
+        outcome = future.result()
+    assert (outcome.made, len(outcome.failed)) == (2, 0) and "killed by signal 9" in caplog.text
+
+
+def test_a_worker_that_is_killed_again_and_again_fails_its_runs(place, monkeypatch):
+    monkeypatch.setattr(study, "_call_worker", lambda job, stop: (-9, "out of memory"))
+    outcome = study.run(define(place))
+    assert len(outcome.failed) == 4 and "exit code -9: out of memory" in outcome.summary()
+
+
+def test_a_run_that_diverges_is_marked_and_tried_again(place, capsys):
+    define(place, seeds=1, grid=[entry("none"), entry("mixup:1.0", lr=1e30)])
+    assert study.main(["tiny.yaml"]) == 1
+    said = capsys.readouterr().out
+    assert "1 were made, 1 failed" in said and "Diverged" in said
+    failed = records.failed("tiny")
+    assert failed[["condition", "seed"]].values.tolist() == [[MIXUP, 0]]
+    assert "loss was" in failed.reason[0]
+    assert records.load("tiny", "fresh").runs.condition.tolist() == [PLAIN]
+    define(place, seeds=1)
+    outcome = study.run("tiny.yaml")
+    assert (outcome.done, outcome.made, len(outcome.failed)) == (1, 1, 0)
+    assert records.failed("tiny").empty
+
+
+def test_rounds_go_through_every_condition_plain_first(place):
+    definition = study.read(define(place, round=1))
+    for number in range(2):
+        jobs = list(study._jobs(definition, number, place / "runs", None, True))
+        assert [(job["slug"], job["seeds"]) for job in jobs] == [(PLAIN, [number]), (MIXUP, [number])]
+    jobs = list(study._jobs(definition, 1, place / "runs", place / "book", True))
+    assert [job["seeds"] for job in jobs] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(sedes=2), "unknown sedes; allowed are study, seeds, grid, round, measures"),
+    (dict(seeds=0), "seeds is 0"), (dict(seeds=[1, 1]), "seeds is"), (dict(seeds=[-1]), "seeds is"),
+    (dict(round=0), "round is 0"), (dict(measures="thorogh"), "thorogh.*standard"),
+    (dict(study="../x"), "no name for a folder"), (dict(grid={}), "grid must be a list"),
+    (dict(grid=[entry("mixpu:1.0")]), "mixpu.*label-smoothing"),
+    (dict(grid=[entry("mixup:-1")]), "mixup:-1.*above 0"),
+    (dict(grid=[entry("none", lr=-1)]), "lr must be.*-1"),
+    (dict(grid=[entry("none", learning_rate=1)]), "learning_rate.*allowed are epochs"),
+    (dict(grid=[entry("none") | {"models": ["tiny-cnm"]}]), "grid entry 1|tiny-cnm.*tiny-cnn-bn"),
+    (dict(grid=[entry("none") | {"model": "tiny-cnn"}]), "unknown model; allowed are data, models"),
+    (dict(grid=[entry("none") | {"data": "digist"}]), "digist.*cifar10"),
+    (dict(grid=[entry("none") | {"feature_dim": 0}]), "feature_dim is 0"),
+    (dict(grid=[entry("none"), entry("none", epochs=3)]), "twice"),
+])
+def test_a_wrong_definition_is_refused_before_anything_starts(place, changes, message, capsys):
+    with pytest.raises(ValueError, match=message) as error:
+        study.run(define(place, **changes))
+    assert "tiny.yaml" in str(error.value)
+    assert study.main(["tiny.yaml"]) == 2 and "tiny.yaml" in capsys.readouterr().err
+    assert not list((place / "runs").iterdir())
+
+
+def test_other_faults_are_refused(place):
+    (place / "bad.yaml").write_text("study: [")
+    for wrong, message in (("bad.yaml", "is not YAML"), ("none.yaml", "no file"), ("digist", "known are")):
+        with pytest.raises(ValueError, match=message):
+            study.run(wrong)
+    with pytest.raises(ValueError, match="allowed is 'local'"):
+        study.run(define(place), on="moon")
+
+
+def condition(**changes):
+    return study.Condition("digits", "tiny-cnn", "none", RECIPE | changes)
+
+
+def make(seeds=(0,), **changes):
+    return study.run_condition(condition(**changes), seeds, "tiny", progress=False).status.tolist()
+
+
+def test_the_same_run_twice_is_the_same(place):
+    first, second = place / "a", place / "b"
+    for runs in (first, second):
+        study.run_condition(condition(), [0], "tiny", runs, progress=False)
+    one, two = (records.arrays("tiny", PLAIN, 0, "fresh", runs) for runs in (first, second))
+    assert set(one) == set(two)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    one, two = (records.read_run(runs / "tiny" / PLAIN / "0") for runs in (first, second))
+    changing = {"seconds", "peak_memory_mb"}
+    assert {k: v for k, v in one.items() if k not in changing} == {k: v for k, v in two.items() if k not in changing}
+
+
+def test_another_recipe_sets_the_old_record_aside(place, caplog):
+    assert make() == ["made"]
+    old = records.read_run(place / "runs" / "tiny" / PLAIN / "0")
+    with caplog.at_level(logging.WARNING):
+        assert make(epochs=3) == ["made"]
+    kept = place / "runs" / "tiny" / PLAIN / f"0.{old['identity'][:8]}-1"
+    assert records.read_run(kept) == old and kept.name in caplog.text
+    assert records.load("tiny", "fresh").runs.recipe[0]["epochs"] == 3
+
+
+def test_a_new_schema_measures_again_without_training(place, monkeypatch):
+    assert make() == ["made"]
+    weights, = (place / "runs" / "weights").iterdir()
+    before, history = weights.stat().st_mtime_ns, records.load("tiny", "fresh").runs.history[0]
+    monkeypatch.setattr(records, "SCHEMA", records.SCHEMA + 1)
+    assert make() == ["remeasured"]
+    assert weights.stat().st_mtime_ns == before
+    assert records.load("tiny", "fresh").runs.history[0] == history
+    weights.write_bytes(weights.read_bytes()[:1000])
+    records.set_aside(place / "runs" / "tiny" / PLAIN / "0")
+    assert make() == ["made"], "damaged weights are trained again"
+
+
+def test_a_damaged_record_is_made_again(place, caplog):
+    assert make() == ["made"]
+    (place / "runs" / "tiny" / PLAIN / "0" / "samples.parquet").write_bytes(b"PAR1")
+    assert make() == ["remeasured"] and "samples.parquet is damaged" in caplog.text
+    assert make() == ["done"]
+
+
+def test_published_runs_count_unless_asked_for_afresh(place):
+    tiny = study.read(define(place))
+    make([0, 1])
+    study.publish(tiny)
+    (place / "runs" / "tiny").rename(place / "away")
+    assert make([0, 1]) == ["done", "done"]
+    jobs = list(study._jobs(tiny, 0, place / "runs", None, True))
+    assert [(job["slug"], job["seeds"]) for job in jobs] == [(MIXUP, [0, 1])]
+    jobs = list(study._jobs(tiny, 0, place / "runs", None, False))
+    assert [(job["slug"], job["seeds"]) for job in jobs] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
+    assert make([0, 1], epochs=3) == ["made", "made"], "published runs of another recipe do not count"
+
+
+def test_two_processes_do_not_make_the_same_run_twice(place):
+    define(place, grid=[entry("none")])
+    other = start(place)
+    outcome = study.run("tiny.yaml")
+    said, code = finish(other)
+    assert code == 0 and " 0 failed" in said and outcome.failed.empty
+    assert len(there(place)) == 2 and not list(place.glob("runs/tiny/*/*.*-1"))
+
+
+def test_notebooks_are_executed_once(place):
+    define(place, seeds=1, grid=[entry("label-smoothing:0.1")])
+    outcome = study.run("tiny.yaml", notebooks="book", published=False)
+    assert (outcome.made, len(outcome.failed)) == (1, 0), outcome.summary()
+    path = place / "book" / "digits.tiny-cnn.label-smoothing-0.1.ipynb"
+    notebook = json.loads(path.read_text())
+    text = json.dumps(notebook)
+    assert "# digits, tiny-cnn: label smoothing 0.1" in text and text.count("<figure") == 4
+    assert str(Path(study.__file__).parents[1] / "nbs") not in json.dumps(notebook["metadata"])
+    made = path.stat().st_mtime_ns
+    study.run("tiny.yaml", notebooks="book", published=False)
+    assert path.stat().st_mtime_ns == made
+    notebook["metadata"].pop("repspace")
+    path.write_text(json.dumps(notebook))
+    records_before = there(place)
+    study.run("tiny.yaml", notebooks="book", published=False)
+    assert "repspace" in json.loads(path.read_text())["metadata"] and there(place) == records_before
+
+
+def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
+    import papermill
+    template = study._template()
+    with pytest.raises(ValueError, match="no parameters.*sedes"):
+        study.execute_notebook(template, place / "x.ipynb", {"sedes": [0]})
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters.*sedes.*allowed are study"):
+        study._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
+    assert not (place / "x.ipynb").exists() and (place / "x.failed.ipynb").exists()
