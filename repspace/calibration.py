@@ -17,19 +17,19 @@ from scipy.special import softmax as _softmax
 
 from .arrays import like, to_numpy
 
-# %% ../nbs/instruments/calibration.ipynb #896a7b4a
+# %% ../nbs/instruments/calibration.ipynb #38d18129
 def softmax(logits):
-    """Probabilities (N, K) of `logits` (N, K), computed in float64, in the kind and dtype of the input."""
+    """Probabilities (N, K) of `logits` (N, K), computed in float64, of the input's kind and dtype."""
     return like(_softmax(to_numpy(logits, float), axis=-1), logits)
 
-# %% ../nbs/instruments/calibration.ipynb #bd4ddf32
+# %% ../nbs/instruments/calibration.ipynb #210834b1
 def _checked(probs, labels=None):
     "float64 `probs` and integer `labels`, or a ValueError that says what is wrong with them."
     p = to_numpy(probs, float)
     if p.ndim != 2 or not p.size:
         raise ValueError(f"probs must be (N, K) with N, K at least 1, but they are {p.shape}")
     if not (p.min() >= 0 and np.abs(p.sum(1) - 1).max() < 1e-2):
-        raise ValueError("probs must be at least 0 and sum to 1 in each row; logits go through softmax")
+        raise ValueError("probs must be at least 0 with rows that sum to 1; logits go through softmax")
     return p if labels is None else (p, _checked_labels(labels, p.shape))
 
 
@@ -39,12 +39,12 @@ def _checked_labels(labels, shape):
     if y.shape != shape[:1] or y.dtype.kind not in "iu":
         raise ValueError(f"labels must be {shape[0]} integers, but they are {y.dtype} {y.shape}")
     if y.min() < 0 or y.max() >= shape[1]:
-        raise ValueError(f"labels must lie in 0..{shape[1] - 1}, but they span {y.min()}..{y.max()}")
+        raise ValueError(f"labels must lie in 0..{shape[1] - 1}, but they are {y.min()}..{y.max()}")
     return y.astype(int)
 
-# %% ../nbs/instruments/calibration.ipynb #a52963c1
+# %% ../nbs/instruments/calibration.ipynb #8836f4f2
 def bin_edges(confidence, n_bins=15, binning="width"):
-    """Edges of the bins (edge, next edge] for `confidence` (N,): of equal width, or of equal mass."""
+    """Edges of the bins (edge, next edge] for `confidence` (N,): of equal width or equal mass."""
     if n_bins != int(n_bins) or n_bins < 1:
         raise ValueError(f"n_bins must be a whole number of at least 1, but it is {n_bins}")
     if binning == "width":
@@ -60,15 +60,15 @@ def _bin_of(confidence, edges):
     "The bin of each confidence; rounding may have put a float32 confidence just above 1."
     return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
 
-# %% ../nbs/instruments/calibration.ipynb #035d1714
+# %% ../nbs/instruments/calibration.ipynb #66666b64
 def _binned_error(confidence, correct, n_bins, binning):
     edges = bin_edges(confidence, n_bins, binning)
-    gaps = np.bincount(_bin_of(confidence, edges), weights=correct - confidence, minlength=len(edges) - 1)
+    gaps = np.bincount(_bin_of(confidence, edges), weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
 def expected_calibration_error(probs, labels, n_bins=15, binning="width"):
-    """ECE in [0, 1] of `probs` (N, K) for `labels` (N,): |accuracy - confidence| by bins of confidence.
+    """ECE in [0, 1] of `probs` (N, K) for `labels` (N,): |accuracy - confidence| by confidence.
 
     `binning` is "width" (Guo et al. 2017) or "mass" (adaptive: as many samples in each bin).
     ValueError where probs are not probabilities or labels do not fit them.
@@ -76,16 +76,16 @@ def expected_calibration_error(probs, labels, n_bins=15, binning="width"):
     p, y = _checked(probs, labels)
     return _binned_error(p.max(1), (p.argmax(1) == y).astype(float), n_bins, binning)
 
-# %% ../nbs/instruments/calibration.ipynb #b7b8bcc7
+# %% ../nbs/instruments/calibration.ipynb #8c991eec
 def classwise_calibration_error(probs, labels, n_bins=15, binning="width"):
-    """Mean over classes k of the binned error of p_k against (label = k); `probs` (N, K), `labels` (N,)."""
+    """Mean over k of the binned error of p_k against "label is k"; `probs` (N, K), `labels` (N,)."""
     p, y = _checked(probs, labels)
-    errors = [_binned_error(p[:, k], (y == k).astype(float), n_bins, binning) for k in range(p.shape[1])]
-    return float(np.mean(errors))
+    per_class = zip(p.T, np.eye(p.shape[1])[y].T)
+    return float(np.mean([_binned_error(*pair, n_bins, binning) for pair in per_class]))
 
-# %% ../nbs/instruments/calibration.ipynb #a674fcc8
+# %% ../nbs/instruments/calibration.ipynb #5f50e151
 def brier(probs, labels):
-    """Mean of the squared distance of `probs` (N, K) from the one-hot label, summed over classes: 0 to 2."""
+    """Mean squared distance of `probs` (N, K) from the one-hot label, summed over classes: 0 to 2."""
     p, y = _checked(probs, labels)
     return float(((p - np.eye(p.shape[1])[y]) ** 2).sum(1).mean())
 
@@ -102,11 +102,11 @@ def confidence_gap(probs, labels):
     p, y = _checked(probs, labels)
     return float(p.max(1).mean() - (p.argmax(1) == y).mean())
 
-# %% ../nbs/instruments/calibration.ipynb #08d81493
+# %% ../nbs/instruments/calibration.ipynb #ccc3a81a
 def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width"):
-    """Mean ECE of `probs` (N, K) if they were true: the mean over `n_draws` draws of labels from them.
+    """Mean ECE of `probs` (N, K) if they were true, over `n_draws` draws of labels from them.
 
-    Judge `expected_calibration_error(...) - calibration_floor(...)`, the excess, rather than the error.
+    Judge the excess of `expected_calibration_error(...)` over this, rather than the error.
     """
     confidence = np.minimum(_checked(probs).max(1), 1)
     if n_draws < 1:
@@ -117,11 +117,11 @@ def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width"):
     gaps = [(rng.random(len(bins)) < confidence) - confidence for _ in range(n_draws)]
     return float(np.abs(np.array(gaps) @ member).sum(1).mean() / len(bins))
 
-# %% ../nbs/instruments/calibration.ipynb #967a3081
+# %% ../nbs/instruments/calibration.ipynb #8a8bb709
 def reliability(probs, labels, n_bins=15, binning="width"):
-    """Table by bins of confidence: low, high, count, confidence, accuracy, accuracy_low, accuracy_high.
+    """Table by confidence: low, high, count, confidence, accuracy, accuracy_low, accuracy_high.
 
-    The last two are Wilson's 95 % interval. Empty bins keep their row, with NaN in the last four columns.
+    The last two are Wilson's 95 % interval. Empty bins keep their row, with NaN in four columns.
     """
     p, y = _checked(probs, labels)
     confidence, hits = p.max(1), (p.argmax(1) == y).astype(float)
@@ -136,12 +136,12 @@ def reliability(probs, labels, n_bins=15, binning="width"):
                      accuracy_high=np.minimum((center + half) / (n + z * z), 1))
     return pd.DataFrame(table)
 
-# %% ../nbs/instruments/calibration.ipynb #1c69079f
+# %% ../nbs/instruments/calibration.ipynb #d04ffd38
 LOWEST, HIGHEST = 0.01, 100.0   # bounds of the factor α; a temperature is its inverse
 
 
 def _best_scale(u, v, labels):
-    "The factor α in [LOWEST, HIGHEST] with the least NLL of softmax(αu + v), and whether it is a bound."
+    "The α in [LOWEST, HIGHEST] with the least NLL of softmax(αu + v), and whether it is a bound."
     def slope(alpha):
         p = _softmax(alpha * u + v, axis=1)
         return float(((p * u).sum(1) - u[np.arange(len(labels)), labels]).mean())
@@ -157,7 +157,7 @@ def _best_scale(u, v, labels):
 def _checked_logits(logits, labels=None):
     s = to_numpy(logits, float)
     if s.ndim != 2 or not s.size or not np.isfinite(s).all():
-        raise ValueError(f"logits must be finite and (N, K) with N, K at least 1, but they are {s.shape}")
+        raise ValueError(f"logits must be finite and (N, K), N, K at least 1, but they are {s.shape}")
     return s if labels is None else (s, _checked_labels(labels, s.shape))
 
 # %% ../nbs/instruments/calibration.ipynb #b923a869
@@ -181,16 +181,17 @@ class TemperatureScaling:
             raise ValueError("no temperature yet: call fit(logits, labels) first")
         return like(_softmax(_checked_logits(logits) / self.temperature, axis=1), logits)
 
-# %% ../nbs/instruments/calibration.ipynb #5fc9b737
+# %% ../nbs/instruments/calibration.ipynb #d7213258
 class FeatureScaling:
-    """softmax(W(αz) + b), with the α that minimizes NLL, between 0.01 and 100, from logits and bias alone.
+    """softmax(W(αz) + b), with the α that minimizes NLL, between 0.01 and 100.
 
-    After `fit`: `scale` (α), and `at_bound`, true where the minimum lies at or beyond a bound.
+    Logits and bias are enough. After `fit`: `scale` (α), and `at_bound`, true where the minimum lies at
+    or beyond a bound.
     """
     scale, at_bound = None, None
 
     def fit(self, logits, bias, labels):
-        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,) and `labels` (N,); returns self."""
+        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,), `labels` (N,); returns self."""
         s, y = _checked_logits(logits, labels)
         b = self._bias(bias, s)
         self.scale, self.at_bound = _best_scale(s - b, b, y)
@@ -208,12 +209,12 @@ class FeatureScaling:
     def _bias(bias, logits):
         b = to_numpy(bias, float)
         if b.shape != logits.shape[1:]:
-            raise ValueError(f"bias must be ({logits.shape[1]},) to fit the logits, but it is {b.shape}")
+            raise ValueError(f"bias must be ({logits.shape[1]},) to fit logits, but it is {b.shape}")
         return b
 
-# %% ../nbs/instruments/calibration.ipynb #ba00ad13
+# %% ../nbs/instruments/calibration.ipynb #d98062b8
 class CrossFit(NamedTuple):
-    """`probs` (N, K), each row scaled by what the other half fitted; `scalers`, the two fitted objects."""
+    """`probs` (N, K), each row scaled by what the other half fitted; `scalers`, the two fitted."""
     probs: object
     scalers: tuple
 
@@ -229,7 +230,7 @@ def halves(n, seed=0):
 def cross_fit(scaler_factory, logits, labels, bias=None, seed=0):
     """Probabilities of all samples, each half scaled by what was fitted on the other → CrossFit.
 
-    `scaler_factory` is `TemperatureScaling`, or `FeatureScaling`, which needs the head's `bias` (K,).
+    `scaler_factory` is `TemperatureScaling`, or `FeatureScaling`, which needs the `bias` (K,).
     """
     s, y = _checked_logits(logits, labels)
     head = () if bias is None else (to_numpy(bias, float),)

@@ -17,14 +17,14 @@ import torchvision
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-# %% ../nbs/instruments/data.ipynb #2012e797
+# %% ../nbs/instruments/data.ipynb #3e444649
 class Split(NamedTuple):
     """Images (N, C, H, W), float32 in [0, 1] or uint8 in 0..255, and labels int64 (N,)."""
     images: torch.Tensor
     labels: torch.Tensor
 
 class Dataset(NamedTuple):
-    """Two splits, the classes' names, and mean and standard deviation (C,) of the training images."""
+    """Two splits, the classes' names, and the training images' mean and deviation (C,)."""
     train: Split
     test: Split
     classes: tuple
@@ -125,9 +125,9 @@ def _folder(path):
                          f"and test/ {tuple(test.images.shape[2:])}; resize them first")
     return train, test, classes
 
-# %% ../nbs/instruments/data.ipynb #86367863
+# %% ../nbs/instruments/data.ipynb #fa6b1e0f
 def load(name, root=None, download=True, seed=0):
-    """The data set `name`: "digits", "cifar10", "cifar100" or "folder:PATH" (with train/ and test/).
+    """The data set `name`: "digits", "cifar10", "cifar100", "folder:PATH" (with train/ and test/).
 
     Digits come as float32 in [0, 1], split by `seed`; the others as uint8, in the split they have
     (see `as_float`). `root` is where CIFAR lies or is put, else REPSPACE_DATA, else a user's cache.
@@ -144,13 +144,13 @@ def load(name, root=None, download=True, seed=0):
                          "allowed are digits, cifar10, cifar100 and folder:PATH")
     return Dataset(train, test, classes, *channel_statistics(train.images))
 
-# %% ../nbs/instruments/data.ipynb #ff9542aa
+# %% ../nbs/instruments/data.ipynb #35e0b3c4
 def first(split, n=None):
     """The first `n` images of `split`, as evenly from its classes as can be, in order; or all."""
     if n is None or n == len(split.labels):
         return split
     if not 0 < n < len(split.labels):
-        raise ValueError(f"the split has {len(split.labels)} images: 1 to all can be taken, not {n}")
+        raise ValueError(f"n must be 1 to {len(split.labels)}, the images of the split, not {n}")
     rank = torch.empty_like(split.labels)
     for k in split.labels.unique():
         of_class = split.labels == k
@@ -158,13 +158,13 @@ def first(split, n=None):
     chosen = rank.argsort(stable=True)[:n].sort().values
     return Split(split.images[chosen], split.labels[chosen])
 
-# %% ../nbs/instruments/data.ipynb #afd369e0
+# %% ../nbs/instruments/data.ipynb #b25103d6
 def flip(images, mirrored):
     """`images` (N, C, H, W), those where `mirrored` (N,) is true from left to right."""
     return torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 def crop(images, offsets, pad):
-    """Windows in `images` padded by `pad`, of their size, at offsets (N, 2), rows first, in 0..2*pad."""
+    """`images` padded by `pad` and cut to size at offsets (N, 2), rows first, in 0..2*pad."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pad,) * 4).permute(0, 2, 3, 1)
     top, left = offsets.to(images.device).T[:, :, None]

@@ -9,7 +9,7 @@ __all__ = ['rms', 'logit_scale', 'alignment', 'CenterCorrelation', 'center_corre
            'Centers', 'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets', 'soft_minimum',
            'span_basis', 'span_projector']
 
-# %% ../nbs/instruments/geometry.ipynb #a5fc1dd1
+# %% ../nbs/instruments/geometry.ipynb #0c1bc19f
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +18,8 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.special import softmax
 
 from .arrays import check_head, like, to_numpy
-from .centers import (Centers, center_kinds, class_centers, class_means, reachable, smooth_targets,
-                              soft_minimum, span_basis, span_projector)
+from .centers import (Centers, center_kinds, class_centers, class_means, reachable,
+                              smooth_targets, soft_minimum, span_basis, span_projector)
 
 _all_ = ["Centers", "center_kinds", "class_centers", "class_means", "reachable", "smooth_targets",
          "soft_minimum", "span_basis", "span_projector"]
@@ -38,14 +38,14 @@ def rms(features):
     Z = _vectors(features)
     return like(np.sqrt((Z**2).mean(1)), features)
 
-# %% ../nbs/instruments/geometry.ipynb #60c82d61
+# %% ../nbs/instruments/geometry.ipynb #c9d5f5d2
 def logit_scale(weight, features):
-    """‖Pz‖ times the median distance between two rows of `weight` (K, d), for `features` (N, d) → (N,)."""
+    """‖Pz‖ of `features` (N, d) times the median distance of two rows of `weight` (K, d) → (N,)."""
     W, _, Z = check_head(weight, np.zeros(len(weight)), features)
     apart = np.median(pdist(W)) if len(W) > 1 else 0.0
     return like(np.linalg.norm(Z @ span_basis(W).T, axis=1) * apart, features)
 
-# %% ../nbs/instruments/geometry.ipynb #4039eba0
+# %% ../nbs/instruments/geometry.ipynb #0e8de50f
 def _cosine(u, v):
     "Cosine of the rows of `u` and `v`; 0 where a norm is 0."
     norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
@@ -53,7 +53,7 @@ def _cosine(u, v):
 
 
 def alignment(features, centers, labels, span_of=None):
-    """Cosine of each of `features` (N, d) with the row of `centers` (K, d) that `labels` (N,) names → (N,).
+    """Cosine of `features` (N, d) with the rows of `centers` (K, d) that `labels` (N,) name → (N,).
 
     0 where a norm is 0. With a weight (K, d) as `span_of`, both are projected on its span first.
     """
@@ -70,15 +70,16 @@ def alignment(features, centers, labels, span_of=None):
 def _labels(labels, n, num_classes):
     "Integer labels (N,) in 0..K-1."
     y = to_numpy(labels)
-    if y.shape != (n,) or y.dtype.kind not in "iu" or (n and not 0 <= y.min() <= y.max() < num_classes):
+    fits = y.shape == (n,) and y.dtype.kind in "iu"
+    if not fits or (n and not 0 <= y.min() <= y.max() < num_classes):
         span = f" from {y.min()} to {y.max()}" if y.size else ""
         raise ValueError(f"labels must be {n} integers in 0..{num_classes - 1}, "
                          f"but they are {y.dtype} {y.shape}{span}")
     return y.astype(int)
 
-# %% ../nbs/instruments/geometry.ipynb #300db6c7
+# %% ../nbs/instruments/geometry.ipynb #9756375e
 class CenterCorrelation(NamedTuple):
-    """Mean over classes of the correlation of cos(z, center_k) with p_k: over all samples; where predicted."""
+    """Mean over k of corr(cos(z, center_k), p_k), over `all` samples and those `predicted` as k."""
     all: float
     predicted: float
 
@@ -91,7 +92,7 @@ def _pearson(x, y):
 
 
 def center_correlation(weight, bias, features, centers, classes=None):
-    """How well cosines with `centers` (K, d) follow the probabilities of `features` (N, d) → CenterCorrelation.
+    """How well cosines of `features` (N, d) with `centers` (K, d) follow p_k → CenterCorrelation.
 
     `classes` limits the average to some classes. NaN where no class has a correlation.
     """
@@ -107,18 +108,18 @@ def center_correlation(weight, bias, features, centers, classes=None):
     means = [np.mean(v) if len(v) else np.nan for v in (c[~np.isnan(c)] for c in np.array(found).T)]
     return CenterCorrelation(*map(float, means))
 
-# %% ../nbs/instruments/geometry.ipynb #e4bb2468
+# %% ../nbs/instruments/geometry.ipynb #8a834cab
 class RayInterval(NamedTuple):
-    """The ray αz keeps the class predicted at z for α from `lo` (N,) to `hi` (N,), which may be inf."""
+    """αz is in the region of the class predicted at z for α from `lo` (N,) to `hi` (N,), or to inf."""
     lo: object
     hi: object
 
 
 def ray_interval(weight, bias, features):
-    """Where along the ray through each of `features` (N, d) the prediction stays the same → RayInterval.
+    """Where on the ray through each of `features` (N, d) the prediction is the same → RayInterval.
 
-    `lo` is the apex gap: 0 where the ray is in its region from the origin on. `hi` is inf where the ray is
-    open, that is, never leaves.
+    `lo` is the apex gap: 0 where the ray is in its region from the origin on. `hi` is inf where
+    the ray is open, that is, never leaves.
     """
     W, b, Z = check_head(weight, bias, features)
     s, rows = Z @ W.T, np.arange(len(Z))
@@ -133,16 +134,16 @@ def ray_interval(weight, bias, features):
     hi = np.where(D < 0, meets, np.inf).min(1, initial=np.inf)
     return RayInterval(like(np.minimum(lo, 1), features), like(np.maximum(hi, 1), features))
 
-# %% ../nbs/instruments/geometry.ipynb #d68ba005
+# %% ../nbs/instruments/geometry.ipynb #2d70d2f5
 class ConeDegree(NamedTuple):
-    """`degree`, 1 - mean apex gap; `entry_distance`, mean α_lo‖Pz‖; `open_share`, rays that never leave."""
+    """`degree`, 1 - mean apex gap; `entry_distance`, mean α_lo‖Pz‖; `open_share` of the rays."""
     degree: float
     entry_distance: float
     open_share: float
 
 
 def cone_degree(weight, bias, features):
-    """How much like cones with their apex at the origin the regions are at `features` (N, d) → ConeDegree."""
+    """How much the regions are like cones at the origin, seen from `features` (N, d) → ConeDegree."""
     W, b, Z = check_head(weight, bias, features)
     if not len(Z):
         raise ValueError("the degree of cone needs at least one vector, but features has none")
@@ -150,9 +151,9 @@ def cone_degree(weight, bias, features):
     entry = lo * np.linalg.norm(Z @ span_basis(W).T, axis=1)
     return ConeDegree(float(1 - lo.mean()), float(entry.mean()), float(np.isinf(hi).mean()))
 
-# %% ../nbs/instruments/geometry.ipynb #d72e9073
+# %% ../nbs/instruments/geometry.ipynb #996a67bf
 def first_misclassified_step(weight, bias, features, steps):
-    """The first i in 1..`steps` at which (1 - i/steps)·z has another prediction than z → integers (N,).
+    """The first i in 1..`steps` where (1 - i/steps)·z has another prediction than z → integers (N,).
 
     `steps` + 1 where there is none on the way to the origin.
     """
@@ -191,36 +192,37 @@ def loss_gradient(weight, bias, features, labels):
     p[np.arange(len(Z)), _labels(labels, len(Z), len(W))] -= 1
     return like(p @ W, features)
 
-# %% ../nbs/instruments/geometry.ipynb #4433f94d
+# %% ../nbs/instruments/geometry.ipynb #1f0924b2
 def plane_axes(axis1, axis2):
-    """Orthonormal rows (2, d): the direction of `axis1` (d,), and of what `axis2` (d,) adds to it."""
+    """Orthonormal rows (2, d): the direction of `axis1` (d,), and of what `axis2` (d,) adds."""
     u, v = to_numpy(axis1, float), to_numpy(axis2, float)
     if u.ndim != 1 or u.shape != v.shape:
         raise ValueError(f"the axes must be two vectors (d,), but they are {u.shape} and {v.shape}")
     rest = v - u * (u @ v) / max(u @ u, 1e-300)
     if not np.linalg.norm(rest) > 1e-9 * np.linalg.norm(v):
-        raise ValueError("the axes must point in two directions, but one is a multiple of the other")
+        raise ValueError("the axes must point in two directions, but one is a multiple of one")
     return np.stack([u / np.linalg.norm(u), rest / np.linalg.norm(rest)])
 
 
 def plane(weight, bias, axis1, axis2, extent, steps, label=None):
-    """The plane of two axes as a table: u, v, predicted, confidence, du, dv, a row per point of a grid.
+    """The plane of two axes as a table of grid points: u, v, predicted, confidence, du, dv.
 
-    u, v take `steps` values from -`extent` to `extent` along `plane_axes`; (du, dv) is -∇ℓ in the plane, of
-    the class `label` or, if None, of the class predicted there. Rows go along u first.
+    u, v take `steps` values from -`extent` to `extent` along `plane_axes`, u fastest; (du, dv) is
+    -∇ℓ in the plane, of the class `label` or, if None, of the class predicted there.
     """
     W, b = check_head(weight, bias)
     axes = plane_axes(axis1, axis2)
-    v, u = (g.ravel() for g in np.meshgrid(*[np.linspace(-extent, extent, steps)] * 2, indexing="ij"))
+    ticks = np.linspace(-extent, extent, steps)
+    u, v = (grid.ravel() for grid in np.meshgrid(ticks, ticks))
     points = np.stack([u, v], 1) @ axes
     p = softmax(points @ W.T + b, axis=1)
     toward = p.argmax(1) if label is None else np.full(len(p), label)
     du, dv = (-loss_gradient(W, b, points, toward) @ axes.T).T
     return pd.DataFrame(dict(u=u, v=v, predicted=p.argmax(1), confidence=p.max(1), du=du, dv=dv))
 
-# %% ../nbs/instruments/geometry.ipynb #fb82821f
+# %% ../nbs/instruments/geometry.ipynb #ccad2e89
 class Displacement(NamedTuple):
-    """Of Δz: `norm`, `relative` to ‖z‖, `radial` (signed), `lateral`, `toward_origin` = cos(Δz, -z); all (N,)."""
+    """Of Δz, each (N,): ‖Δz‖, ‖Δz‖/‖z‖, its signed part along z, the rest's norm, and cos(Δz, -z)."""
     norm: object
     relative: object
     radial: object
@@ -235,7 +237,7 @@ def displacement(before, after):
     """
     Z, moved = _vectors(before), _vectors(after)
     if Z.shape != moved.shape:
-        raise ValueError(f"before and after must have one shape, but they are {Z.shape} and {moved.shape}")
+        raise ValueError(f"before and after must have one shape, not {Z.shape} and {moved.shape}")
     delta, size = moved - Z, np.linalg.norm(Z, axis=1)
     norm, unit = np.linalg.norm(delta, axis=1), Z / np.where(size > 0, size, 1)[:, None]
     radial = (delta * unit).sum(1)
@@ -243,27 +245,30 @@ def displacement(before, after):
     parts = norm, norm / np.where(size > 0, size, 1), radial, lateral, _cosine(delta, -Z)
     return Displacement(*(like(part, before) for part in parts))
 
-# %% ../nbs/instruments/geometry.ipynb #497d9f1b
+# %% ../nbs/instruments/geometry.ipynb #f22c5b1e
 class ThreeFactors(NamedTuple):
-    """`margin`, `laterality` (N, K), `displacement` (N,): y is left where displacement·laterality > margin."""
+    """`margin`, `laterality` (N, K); `displacement` (N,). Left is y where ρ·laterality > margin."""
     margin: object
     laterality: object
     displacement: object
 
 
-def three_factors_from_logits(weight, bias, logits, moved_logits, labels, feature_norm, displacement_norm):
+def three_factors_from_logits(weight, bias, logits, moved_logits, labels, feature_norm,
+                              displacement_norm):
     """The factors from `logits` and `moved_logits` (N, K), ‖z‖ and ‖Δz‖ (N,) → ThreeFactors.
 
-    The label's own column has margin inf and laterality 0. No displacement has laterality 0; where ‖z‖ = 0
-    or two rows of the weight are equal, that divisor is left out, and the rule stays true. With ‖Pz‖ and
-    ‖PΔz‖ as the norms these are the factors in the span.
+    The label's own column has margin inf and laterality 0. No displacement has laterality 0; where
+    ‖z‖ = 0 or two rows of the weight are equal, that divisor is left out, and the rule stays true.
+    With ‖Pz‖ and ‖PΔz‖ as the norms these are the factors in the span.
     """
     W, b = check_head(weight, bias)
     s, moved = to_numpy(logits, float), to_numpy(moved_logits, float)
     size, length = to_numpy(feature_norm, float), to_numpy(displacement_norm, float)
-    if not (s.ndim == 2 and s.shape == moved.shape == (len(size), len(b)) and size.shape == length.shape):
-        raise ValueError(f"logits and moved_logits must be (N, {len(b)}), feature_norm and displacement_norm "
-                         f"(N,), but they are {s.shape}, {moved.shape}, {size.shape} and {length.shape}")
+    shapes = s.shape, moved.shape, size.shape, length.shape
+    n = s.shape[:1]
+    if shapes != ((*n, len(b)), (*n, len(b)), n, n):
+        raise ValueError(f"logits and moved_logits must be (N, {len(b)}), feature_norm and "
+                         f"displacement_norm (N,), but they are {shapes}")
     y, rows = _labels(labels, len(s), len(b)), np.arange(len(s))
     divisor = lambda x: np.where(x > 0, x, 1)
     apart = cdist(W, W)[y]
@@ -272,18 +277,19 @@ def three_factors_from_logits(weight, bias, logits, moved_logits, labels, featur
     laterality = (lead - led) / (divisor(apart) * divisor(length)[:, None])
     laterality[(length[:, None] == 0) | (apart == 0)] = 0   # what is left there is rounding
     margin[rows, y] = np.inf
-    return ThreeFactors(*(like(part, logits) for part in (margin, laterality, length / divisor(size))))
+    parts = margin, laterality, length / divisor(size)
+    return ThreeFactors(*(like(part, logits) for part in parts))
 
 
 def three_factors(weight, bias, features, moved, labels):
-    """Do `features` (N, d), moved to `moved` (N, d), leave class `labels` (N,), and by what? → ThreeFactors.
+    """Why `features`, moved to `moved` (N, d), keep or leave class `labels` (N,) → ThreeFactors.
 
-    `margin` and `laterality` have the label's own column at inf and 0; see `three_factors_from_logits`.
+    The label's own column has margin inf and laterality 0; see `three_factors_from_logits`.
     """
     W, b, Z = check_head(weight, bias, features)
     after = check_head(weight, bias, moved)[2]
     if Z.shape != after.shape:
-        raise ValueError(f"features and moved must have one shape, but they are {Z.shape} and {after.shape}")
+        raise ValueError(f"features and moved must have one shape, not {Z.shape} and {after.shape}")
     norms = np.linalg.norm(Z, axis=1), np.linalg.norm(after - Z, axis=1)
     factors = three_factors_from_logits(W, b, Z @ W.T + b, after @ W.T + b, labels, *norms)
     return ThreeFactors(*(like(part, features) for part in factors))

@@ -22,7 +22,7 @@ from . import attacks, calibration, geometry, models
 from .data import as_float, batches
 from .train import stream
 
-# %% ../nbs/instruments/measure.ipynb #c959a105
+# %% ../nbs/instruments/measure.ipynb #effca268
 class Settings(NamedTuple):
     """What measuring may differ in; limits in /255."""
     reference: float             # the limit at which verdicts are judged
@@ -39,7 +39,7 @@ _settings = {"digits": Settings(16, (8, 16, 24, 32, 48, 64), 7, 1 / 2, None, 200
              "cifar10": _natural, "cifar100": _natural, "folder": _natural}
 
 def settings(data, measures="standard"):
-    """The Settings for a data set (as `data.load` names it) and a depth of measuring ("standard")."""
+    """The Settings for a data set (as `data.load` names it) and a depth ("standard")."""
     if measures != "standard":
         raise ValueError(f"unknown measures {measures!r}; allowed: standard")
     name = data.partition(":")[0]
@@ -47,7 +47,7 @@ def settings(data, measures="standard"):
         raise ValueError(f"no settings for data {data!r}; allowed: {', '.join(_settings)}")
     return _settings[name]
 
-# %% ../nbs/instruments/measure.ipynb #0a962107
+# %% ../nbs/instruments/measure.ipynb #17ac9282
 class Vectors(NamedTuple):
     """Features (N, d) and logits (N, K), float64 arrays, and int64 labels (N,)."""
     features: np.ndarray
@@ -63,7 +63,7 @@ def vectors(classifier, images_and_labels):
             parts.append((features.cpu(), classifier.head(features).cpu(), labels.cpu()))
     features, logits, labels = (torch.cat(part).numpy() for part in zip(*parts))
     if not (np.isfinite(features).all() and np.isfinite(logits).all()):
-        raise ValueError("features or logits are not finite: there is nothing to measure on this net")
+        raise ValueError("features or logits are not finite: nothing can be measured on this net")
     return Vectors(features.astype(float), logits.astype(float), labels)
 
 # %% ../nbs/instruments/measure.ipynb #05c7b605
@@ -101,9 +101,9 @@ def look(classifier, dataset, batch_size=512):
     return Seen(*parameters, *(vectors(classifier, batches(split, batch_size))
                                for split in (dataset.test, dataset.train)))
 
-# %% ../nbs/instruments/measure.ipynb #7d7f9b81
+# %% ../nbs/instruments/measure.ipynb #0459d4a4
 def predicted(seen):
-    """Accuracy, loss and confidence, on test and training images, and what is left without the bias."""
+    """Accuracy, loss and confidence, and what is left of accuracy without the bias."""
     labels, unbiased = seen.test.labels, (seen.test.features @ seen.weight.T).argmax(1)
     return {
         "accuracy": (seen.predictions == labels).mean(),
@@ -113,12 +113,13 @@ def predicted(seen):
         "no_bias_accuracy": (unbiased == labels).mean(),
         "no_bias_agreement": (unbiased == seen.predictions).mean()}
 
-# %% ../nbs/instruments/measure.ipynb #7538bec5
+# %% ../nbs/instruments/measure.ipynb #243c3b0f
 def calibrated(seen, seed, floor_draws=200):
     """Calibration errors, their floor, and the same after temperature and feature scaling."""
     p, labels, logits = seen.probs, seen.test.labels, seen.test.logits
-    by_temperature = calibration.cross_fit(calibration.TemperatureScaling, logits, labels, seed=seed)
-    by_scale = calibration.cross_fit(calibration.FeatureScaling, logits, labels, seen.bias, seed=seed)
+    fit = partial(calibration.cross_fit, seed=seed)
+    by_temperature = fit(calibration.TemperatureScaling, logits, labels)
+    by_scale = fit(calibration.FeatureScaling, logits, labels, seen.bias)
     error = calibration.expected_calibration_error
     ece, floor = error(p, labels), calibration.calibration_floor(p, floor_draws, seed)
     return {
@@ -150,10 +151,11 @@ def magnitude(seen, regularizer):
         scalars["soft_norm"] = np.linalg.norm(minima, axis=1).mean()
     return scalars
 
-# %% ../nbs/instruments/measure.ipynb #f216408e
+# %% ../nbs/instruments/measure.ipynb #8e79586c
 def cosines(seen):
     """Per test image: cosines with the centers of the label and of the prediction, for z and Pz."""
-    minimal, reachable, labels = seen.centers["minimal"], seen.centers["reachable"], seen.test.labels
+    labels = seen.test.labels
+    minimal, reachable = seen.centers["minimal"], seen.centers["reachable"]
     of = {"alignment": (minimal, labels), "alignment_predicted": (minimal, seen.predictions),
           "alignment_reachable": (reachable, labels)}
     whole = {name: geometry.alignment(seen.test.features, *to) for name, to in of.items()}
@@ -177,18 +179,18 @@ def clean_statistics(classifier, dataset):
               geometry.alignment(seen.span, centers, labels).mean())
     return {f"{name}_clean_bn": value for name, value in zip(names, values)}
 
-# %% ../nbs/instruments/measure.ipynb #a470e55a
+# %% ../nbs/instruments/measure.ipynb #3ffa0587
 def center_correlations(seen):
-    """Correlations of closeness with confidence, `center_r_{kind}` and `center_r_predicted_{kind}`."""
-    scalars = {}
+    """Correlations of closeness with confidence: `center_r_{kind}`, `center_r_predicted_{kind}`."""
+    scalars, net = {}, (seen.weight, seen.bias, seen.test.features)
     for kind, centers in seen.centers.items():
-        whole, own = geometry.center_correlation(seen.weight, seen.bias, seen.test.features, centers)
+        whole, own = geometry.center_correlation(*net, centers)
         scalars |= {f"center_r_{kind}": whole, f"center_r_predicted_{kind}": own}
     return scalars
 
-# %% ../nbs/instruments/measure.ipynb #9380c6c7
+# %% ../nbs/instruments/measure.ipynb #0c3924d9
 def cones(seen, directions, seed, prefix=""):
-    """Degree of cone, entry distance and share of open rays, for test vectors and random directions."""
+    """Degree of cone, entry distance and open share, for test vectors and random directions."""
     draw = partial(geometry.random_directions, seen.weight, directions, seen.radius, seed)
     rays = {"test": seen.test.features, "sphere": draw(), "nonnegative": draw(nonnegative=True)}
     scalars = {}
@@ -241,18 +243,18 @@ def attacked(classifier, split, seen, seed, settings, batch_size=512):
         found[name] = Attacked(moved, breaks)
     return found
 
-# %% ../nbs/instruments/measure.ipynb #35c4e84e
+# %% ../nbs/instruments/measure.ipynb #16d275f5
 def curve(breaks, grid):
-    """Robust accuracy and success over `grid`, three lists; success is None if no image was right."""
+    """Robust accuracy and success over `grid`, in lists; success is None if no image was right."""
     right = breaks > 0
     return {"eps": list(grid),
             "robust_accuracy": [float((breaks > eps).mean()) for eps in grid],
             "success": [float((breaks[right] <= eps).mean()) if right.any() else None
                         for eps in grid]}
 
-# %% ../nbs/instruments/measure.ipynb #27189ed5
+# %% ../nbs/instruments/measure.ipynb #9329a612
 def displacements(seen, found):
-    """name → whole, span (both `geometry.Displacement`) and crossed (N,), at the reference limit."""
+    """name → whole, span (both `geometry.Displacement`), crossed (N,), at the reference limit."""
     out = {}
     for name, (moved, _) in found.items():
         z, span = (v[:len(moved.features)] for v in (seen.test.features, seen.span))
@@ -266,9 +268,9 @@ def pearson(a, b):
     varies = len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
     return float(np.corrcoef(a, b)[0, 1]) if varies else None
 
-# %% ../nbs/instruments/measure.ipynb #72105a37
+# %% ../nbs/instruments/measure.ipynb #dfbca6a5
 def robustness(cosine, found, moves, settings):
-    """Success and robust accuracy at the reference limit, and what the attacks do to the vectors."""
+    """Success and robust accuracy at the reference limit, and what attacks do to the vectors."""
     scalars = {}
     for name, (whole, span, crossed) in moves.items():
         scalars |= {f"toward_{name}": whole.toward_origin.mean(),
@@ -284,9 +286,9 @@ def robustness(cosine, found, moves, settings):
                         f"success_{name}": at["success"][0]}
     return scalars
 
-# %% ../nbs/instruments/measure.ipynb #8d616bf5
+# %% ../nbs/instruments/measure.ipynb #8595a7fe
 def sample_table(seen, cosine, found, moves, settings):
-    """A row per test image; floats are float32 but for the breaking points, which are of the grid."""
+    """A row per test image; floats are float32 but for breaking points, which are of the grid."""
     rows, s, labels = np.arange(len(seen.predictions)), seen.test.logits, seen.test.labels
     others = s.copy()
     others[rows, labels] = -np.inf
@@ -310,13 +312,14 @@ def _attack_columns(found, moves):
     for name, (whole, span, _) in moves.items():
         if found[name].breaks is not None: columns[f"breaks_{name}"] = found[name].breaks
         columns |= {f"rho_{name}": whole.relative, f"rho_span_{name}": span.relative,
-                    f"toward_{name}": whole.toward_origin, f"toward_span_{name}": span.toward_origin,
+                    f"toward_{name}": whole.toward_origin,
+                    f"toward_span_{name}": span.toward_origin,
                     f"label_{name}": found[name].moved.logits.argmax(1)}
     return pd.DataFrame(columns)
 
-# %% ../nbs/instruments/measure.ipynb #04c38855
+# %% ../nbs/instruments/measure.ipynb #45eebe4b
 def logit_arrays(seen, before, found, moves):
-    """name → float32 array of logits and displacements; features and the untrained net's if d ≤ 3."""
+    """name → array of logits and displacements; features and the untrained net's if d ≤ 3."""
     arrays = {"labels": seen.test.labels, "clean": seen.test.logits}
     for name, (whole, span, _) in moves.items():
         arrays |= {f"moved.{name}": found[name].moved.logits,
@@ -333,7 +336,7 @@ def head_arrays(seen, before):
             for prefix, one in (("", seen), ("untrained.", before))
             for name in ("weight", "bias", "class_means")}
 
-# %% ../nbs/instruments/measure.ipynb #7e077f88
+# %% ../nbs/instruments/measure.ipynb #e251c161
 class Measured(NamedTuple):
     """What a record holds beside the recipe: see `run`."""
     scalars: dict
@@ -350,10 +353,10 @@ def plain(scalars):
 def run(classifier, untrained, dataset, regularizer, seed, settings):
     """Measure a trained Classifier and its untrained twin → `Measured`.
 
-    `dataset.train` holds the images that the run was trained on. `regularizer` and `seed` are the run's.
-    Scalars (float or None) are over all test images, those of attacks over the images attacked; curves
-    are lists over the grid or over classes; samples has a row per test image; logits and head are
-    arrays, the former with a row per test image, from the first. Both nets are left as they were."""
+    `dataset.train` holds the images that the run was trained on; `regularizer` and `seed` are its.
+    Scalars (float or None) are over all test images, those of attacks over the images attacked;
+    curves are lists over the grid or over classes; samples has a row per test image; logits and
+    head are arrays, the former with a row per image, from the first. Nets are left unchanged."""
     seen, before = look(classifier, dataset), look(untrained, dataset)
     cosine = cosines(seen)
     found = attacked(classifier, dataset.to(classifier.head.weight.device).test, seen,

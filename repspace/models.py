@@ -36,40 +36,43 @@ class Classifier(nn.Module):
     def forward(self, images):
         return self.head(self.drop(self.features(images)))
 
-# %% ../nbs/instruments/models.ipynb #118b166b
+# %% ../nbs/instruments/models.ipynb #485523b5
 def _take_head(module):
     """The last Linear of `module`, which has the identity in its place from now on."""
-    linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and name]
+    linears = [name for name, part in module.named_modules()
+               if name and isinstance(part, nn.Linear)]
     if not linears:
-        raise ValueError(f"{type(module).__name__} has no Linear inside, so it has no head to split off")
+        raise ValueError(f"{type(module).__name__} has no Linear inside: no head to split off")
     head = module.get_submodule(linears[-1])
     module.set_submodule(linears[-1], nn.Identity())
     return head
 
 def split(module, mean=None, std=None):
-    """A copy of a torchvision- or timm-style `module` as a Classifier: what it computes, in two parts.
+    """A copy of a torchvision- or timm-style `module` as a Classifier: one function in two parts.
 
-    The head is the last Linear that the module registers; it must be the last to be applied too. `mean`
-    and `std` are what the module's images are normalized with, or None if they are not.
+    The head is the last Linear that the module registers; it must be the last to be applied too.
+    `mean` and `std` are what the module wants its images normalized with, or None if nothing.
     """
     body = copy.deepcopy(module)
     head = _take_head(body)
     return Classifier(body, head, mean, std)
 
-# %% ../nbs/instruments/models.ipynb #fba7c8a6
+# %% ../nbs/instruments/models.ipynb #377f1450
 def _tiny_cnn(in_channels, norm):
-    """Two convolutions and a hidden layer of 64 with a ReLU, with batch normalization or without."""
+    """Two convolutions and a hidden layer of 64 with a ReLU, with batch norm or without."""
     def layer(linear, norm_class):
         return [linear, norm_class(linear.weight.shape[0])] if norm else [linear]
 
     return nn.Sequential(
-        *layer(nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d), nn.ReLU(), nn.MaxPool2d(2),
-        *layer(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(), *layer(nn.Linear(128, 64), nn.BatchNorm1d), nn.ReLU())
+        *layer(nn.Conv2d(in_channels, 16, 3, padding=1), nn.BatchNorm2d), nn.ReLU(),
+        nn.MaxPool2d(2),
+        *layer(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        *layer(nn.Linear(128, 64), nn.BatchNorm1d), nn.ReLU())
 
-# %% ../nbs/instruments/models.ipynb #f0becae3
+# %% ../nbs/instruments/models.ipynb #aef0e48f
 def _restem(net, path, in_channels, init, **geometry):
-    """`net` with a new convolution at `path` for `in_channels`, its geometry as before where not given."""
+    """`net` with a new convolution at `path` for `in_channels`, in its geometry or a given one."""
     old = net.get_submodule(path)
     kept = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
     new = nn.Conv2d(in_channels, old.out_channels, bias=old.bias is not None, **(kept | geometry))
@@ -95,31 +98,35 @@ def _mobilenet_v2(in_channels, small):
         net.get_submodule("features.2.conv.1.0").stride = (1, 1)
     return _restem(net, "features.0.0", in_channels, _fan_out, **(dict(stride=1) if small else {}))
 
-# %% ../nbs/instruments/models.ipynb #6d332386
+# %% ../nbs/instruments/models.ipynb #bacb4be5
 def _resnet8(in_channels):
     """Three BasicBlocks of torchvision, 32, 64 and 128 wide, without a head."""
     def block(inward, outward, stride):
-        shortcut = nn.Sequential(nn.Conv2d(inward, outward, 1, stride, bias=False), nn.BatchNorm2d(outward))
-        return BasicBlock(inward, outward, stride, shortcut if stride > 1 else None)
+        shortcut = [nn.Conv2d(inward, outward, 1, stride, bias=False), nn.BatchNorm2d(outward)]
+        return BasicBlock(inward, outward, stride, nn.Sequential(*shortcut) if stride > 1 else None)
 
     net = nn.Sequential(
-        nn.Conv2d(in_channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
-        block(32, 32, 1), block(32, 64, 2), block(64, 128, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        nn.Conv2d(in_channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        block(32, 32, 1), block(32, 64, 2), block(64, 128, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for part in net.modules():
         if isinstance(part, nn.Conv2d):
             _fan_out(part.weight)
     return net
 
-# %% ../nbs/instruments/models.ipynb #588608e7
+# %% ../nbs/instruments/models.ipynb #eb9f03c0
 def _convnext_tiny(in_channels, small):
-    return _restem(tv.convnext_tiny(weights=None, stochastic_depth_prob=0.0), "features.0.0", in_channels,
-                   partial(nn.init.trunc_normal_, std=.02), **(dict(kernel_size=2, stride=2) if small else {}))
+    net = tv.convnext_tiny(weights=None, stochastic_depth_prob=0.0)
+    return _restem(net, "features.0.0", in_channels, partial(nn.init.trunc_normal_, std=.02),
+                   **(dict(kernel_size=2, stride=2) if small else {}))
 
 def _swin_t(in_channels, small):
     patch, window = (2, 4) if small else (4, 7)
-    net = tv.SwinTransformer([patch] * 2, embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                             window_size=[window] * 2, stochastic_depth_prob=0.0)
-    return net if in_channels == 3 else _restem(net, "features.0.0", in_channels, lambda weight: None)
+    net = tv.SwinTransformer([patch] * 2, embed_dim=96, depths=[2, 2, 6, 2],
+                             num_heads=[3, 6, 12, 24], window_size=[window] * 2,
+                             stochastic_depth_prob=0.0)
+    as_pytorch_does = lambda weight: None
+    return net if in_channels == 3 else _restem(net, "features.0.0", in_channels, as_pytorch_does)
 
 def _vit(in_channels, small):
     size, patch, layers = (32, 4, 6) if small else (224, 16, 12)
@@ -128,7 +135,7 @@ def _vit(in_channels, small):
     return net if in_channels == 3 else _restem(net, "conv_proj", in_channels,
                                                 partial(nn.init.trunc_normal_, std=spread))
 
-# %% ../nbs/instruments/models.ipynb #afe7c5b4
+# %% ../nbs/instruments/models.ipynb #f976ee9b
 _BODIES = {  # name → function of (in_channels, small_images) that makes the network
     "tiny-cnn": lambda c, small: _tiny_cnn(c, norm=False),
     "tiny-cnn-bn": lambda c, small: _tiny_cnn(c, norm=True),
@@ -139,11 +146,13 @@ _BODIES = {  # name → function of (in_channels, small_images) that makes the n
 _WIDTHS = {"tiny-cnn": 64, "tiny-cnn-bn": 64, "resnet8": 128}  # of those that come without a head
 MODELS = tuple(_BODIES)
 
-def build(name, num_classes, in_channels=3, small_images=True, feature_dim=None, mean=None, std=None, dropout=0.0):
-    """An untrained Classifier named `name` (one of MODELS); its head has PyTorch's default initialization.
+def build(name, num_classes, in_channels=3, small_images=True, feature_dim=None,
+          mean=None, std=None, dropout=0.0):
+    """An untrained Classifier named `name` (one of MODELS), its head as PyTorch initializes it.
 
-    `small_images` fits the stem to about 32×32 pixels, else to 224×224; the tiny ones and resnet8 take any
-    size. `feature_dim` adds a Linear to that many features. `dropout` acts on the features, in training.
+    `small_images` fits the stem to about 32×32 pixels, else to 224×224; the tiny ones and resnet8
+    take any size. `feature_dim` adds a Linear to that many features. `dropout` acts on features in
+    training. `ValueError` where the name is unknown.
     """
     if name not in _BODIES:
         raise ValueError(f"model {name!r} is unknown: allowed are {', '.join(MODELS)}")
@@ -153,7 +162,7 @@ def build(name, num_classes, in_channels=3, small_images=True, feature_dim=None,
         body, width = nn.Sequential(body, nn.Linear(width, feature_dim)), feature_dim
     return Classifier(body, nn.Linear(width, num_classes), mean, std, dropout)
 
-# %% ../nbs/instruments/models.ipynb #18488d73
+# %% ../nbs/instruments/models.ipynb #d8aba206
 def _norms(module):
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
@@ -162,7 +171,7 @@ def has_batchnorm(classifier):
     return any(norm.track_running_stats for norm in _norms(classifier))
 
 def reestimate_batchnorm(classifier, images, batch_size=500):
-    """A copy of `classifier`, in evaluation mode, with batch-norm statistics of `images` (as a Split holds them)."""
+    """A copy of `classifier` with the batch-norm statistics of `images` (uint8 or float)."""
     renewed = copy.deepcopy(classifier).eval()
     for norm in _norms(renewed):
         norm.train()

@@ -17,23 +17,38 @@ from tqdm.auto import trange
 from . import data, models
 from .geometry import span_projector
 
-# %% ../nbs/instruments/train.ipynb #ce374944
+# %% ../nbs/instruments/train.ipynb #6072bf98
 STREAMS = ("init", "order", "augmentation", "mixing", "dropout", "attack")
 
 def stream(seed, name):
     """A fresh CPU generator for the stream `name` (one of STREAMS) of `seed`."""
     if name not in STREAMS:
         raise ValueError(f"stream {name!r} is unknown: allowed are {', '.join(STREAMS)}")
-    state = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(name),)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    sequence = np.random.SeedSequence(seed, spawn_key=(STREAMS.index(name),))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
-# %% ../nbs/instruments/train.ipynb #7308fd0b
-_ALLOWED = {"optimizer": ("sgd", "adamw"), "schedule": ("one-cycle", "cosine", "constant"),
+# %% ../nbs/instruments/train.ipynb #d7a5799e
+_CHOICES = {"optimizer": ("sgd", "adamw"), "schedule": ("one-cycle", "cosine", "constant"),
             "augment": data.AUGMENTATIONS}
+_BOUNDS = {"lr": np.inf, "weight_decay": np.inf, "momentum": 1, "dropout": 1}
 
+def _check_field(name, value):
+    """`ValueError` where `value` is not allowed for the recipe's field `name`."""
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            allowed = ", ".join(_CHOICES[name])
+            raise ValueError(f"{name} {value!r} is unknown: allowed are {allowed}")
+    elif name in _BOUNDS:
+        if type(value) not in (int, float) or not 0 <= value < _BOUNDS[name]:
+            raise ValueError(f"{name} must be a number of at least 0 and below {_BOUNDS[name]}, "
+                             f"not {value!r}")
+    elif type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+# %% ../nbs/instruments/train.ipynb #452d6f51
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `lr` is the largest rate; `momentum` is AdamW's first beta; `train_images` None takes all."""
+    """How to train; `momentum` is also AdamW's first beta, `train_images` None takes them all."""
     epochs: int
     batch_size: int
     lr: float
@@ -46,23 +61,16 @@ class Recipe:
     dropout: float = 0.0
 
     def __post_init__(self):
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: allowed are {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "train_images"):
-            value = getattr(self, name)
-            if not (value is None and name == "train_images") and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("lr", "weight_decay", "momentum", "dropout"):
-            value, below = getattr(self, name), 1 if name in ("momentum", "dropout") else np.inf
-            if type(value) not in (int, float) or not 0 <= value < below:
-                raise ValueError(f"{name} must be a number of at least 0 and below {below}, not {value!r}")
+        for name, value in self.to_dict().items():
+            if not (name == "train_images" and value is None):
+                _check_field(name, value)
 
     @classmethod
     def from_dict(cls, settings):
         """The recipe that a mapping describes; unknown or missing keys are errors."""
         known = [field.name for field in fields(cls)]
-        unknown, missing = set(settings) - set(known), {"epochs", "batch_size", "lr"} - set(settings)
+        unknown = set(settings) - set(known)
+        missing = {"epochs", "batch_size", "lr"} - set(settings)
         if unknown or missing:
             what = f"unknown keys {sorted(unknown)}" if unknown else f"no {sorted(missing)}"
             raise ValueError(f"recipe has {what}: allowed are {', '.join(known)}")
@@ -72,9 +80,9 @@ class Recipe:
         """All fields by name, as from_dict takes them."""
         return asdict(self)
 
-# %% ../nbs/instruments/train.ipynb #b34b8bcd
+# %% ../nbs/instruments/train.ipynb #d14f3ed5
 def new_classifier(model, dataset, recipe, seed, feature_dim=None):
-    """The untrained Classifier named `model` for `dataset`, initialized from the stream `init` of `seed`."""
+    """The untrained Classifier named `model` for `dataset`, from the stream `init` of `seed`."""
     channels, height = dataset.train.images.shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.set_state(stream(seed, "init").get_state())
@@ -82,11 +90,12 @@ def new_classifier(model, dataset, recipe, seed, feature_dim=None):
                             feature_dim=feature_dim, mean=dataset.mean, std=dataset.std,
                             dropout=recipe.dropout)
 
-# %% ../nbs/instruments/train.ipynb #c001dc62
+# %% ../nbs/instruments/train.ipynb #f656a5dd
 def _optimizer(parameters, recipe, steps):
     """The optimizer of `recipe`, and its schedule over `steps` steps."""
     if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.SGD(parameters, recipe.lr, recipe.momentum,
+                                    weight_decay=recipe.weight_decay)
     else:
         optimizer = torch.optim.AdamW(parameters, recipe.lr, (recipe.momentum, .999),
                                       weight_decay=recipe.weight_decay)
@@ -96,12 +105,12 @@ def _optimizer(parameters, recipe, steps):
         return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return optimizer, lr_scheduler.ConstantLR(optimizer, 1.0)
 
-# %% ../nbs/instruments/train.ipynb #3ecd0e7b
+# %% ../nbs/instruments/train.ipynb #cca91075
 class Diverged(RuntimeError):
     """Training ended because the loss was not finite."""
 
 def _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule):
-    """Train for one epoch; its means over the images, as tensors: loss, accuracy, rms, span_norm."""
+    """Train for one epoch; returns its means over the images: loss, accuracy, rms, span_norm."""
     total, num_classes = 0, classifier.head.out_features
     P = span_projector(classifier.head.weight.detach())
     for images, labels in data.batches(split, recipe.batch_size, recipe.augment,
@@ -120,7 +129,7 @@ def _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule)
                 z.norm(dim=1).sum() / z.shape[1] ** .5, (z @ P).norm(dim=1).sum()])
     return (total / len(split.labels)).tolist()
 
-# %% ../nbs/instruments/train.ipynb #235505a5
+# %% ../nbs/instruments/train.ipynb #fe21f6dd
 def _seed_dropout(seed, device):
     torch.random.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -128,10 +137,11 @@ def _seed_dropout(seed, device):
             torch.cuda.manual_seed(seed)
 
 def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=False):
-    """Train `classifier` in place, and leave it in evaluation mode; returns the history, a list per epoch.
+    """Train `classifier` in place, leave it in evaluation mode, and return the history by epoch.
 
-    `regularizer` is a Regularizer (its overrides of the recipe are applied). `device` None is where the classifier is.
-    History: loss (as trained), accuracy (on the images as trained), rms and span_norm. Raises Diverged.
+    `regularizer` is a Regularizer; its overrides of the recipe apply. `device` None is where the
+    classifier lies. The history has lists of loss, accuracy (both as trained), rms and span_norm.
+    Raises Diverged where the loss is not finite.
     """
     recipe = replace(recipe, **regularizer.recipe)
     classifier.to(device or classifier.mean.device).train()

@@ -1,0 +1,56 @@
+# Two commands do everything: `make book` and `make test`. Each sets up .venv first, and does nothing twice.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+STUDY ?= digits
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book test study publish export clean
+
+help:
+	@echo "make book                set up, run the digits studies, execute the chapters, render the site"
+	@echo "make test                set up, run all tests"
+	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it"
+	@echo "make publish STUDY=digits  gather its records into results/, and bring README.md up to date"
+	@echo "make setup               what the others begin with: .venv, with everything pinned"
+	@echo "make export              write repspace/ from the notebooks, and clean these"
+	@echo "make clean               remove the site and everything else that make wrote, but for .venv,"
+	@echo "                         this machine's records (runs/) and the published ones (results/)"
+
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11 or newer is needed, and none was found. If there is one," \
+		"name it: make PYTHON=/path/to/python3.12 …" >&2; exit 1; fi
+	@echo "Setting up $(VENV) with $(PYTHON): two to five minutes, about 6 GB"
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+		f"Python 3.11 or newer is needed, and $(PYTHON) is {v}. Name another: make PYTHON=/path/to/python3.12 …")'
+	@[ -x $(RUN) ] || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	@$(RUN) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt \
+		--no-build-isolation -e ".[book,test]"
+	@$(RUN) -m pip check --disable-pip-version-check
+	@touch $(READY)
+
+setup: $(READY)
+
+book: $(READY)
+	@$(RUN) book/build.py --study digits --study digits-2d
+
+test: $(READY)
+	@$(RUN) -m pytest
+
+study: $(READY)
+	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)"
+
+publish: $(READY)
+	@$(RUN) -m repspace.study publish "$(STUDY)"
+	@$(RUN) book/readme.py
+
+export: $(READY)
+	@$(VENV)/bin/nbdev_export
+	@$(VENV)/bin/nbdev_clean
+
+clean:
+	rm -rf _build .pytest_cache repspace/__pycache__ tests/__pycache__ book/__pycache__ repspace.egg-info
