@@ -45,11 +45,16 @@ def logit_scale(weight, features):
     apart = np.median(pdist(W)) if len(W) > 1 else 0.0
     return like(np.linalg.norm(Z @ span_basis(W).T, axis=1) * apart, features)
 
-# %% ../nbs/instruments/geometry.ipynb #0e8de50f
+# %% ../nbs/instruments/geometry.ipynb #9f1a283e
+def _unit(x):
+    "The rows of `x` divided by their norm; 0 where the norm is."
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1)
+
+
 def _cosine(u, v):
     "Cosine of the rows of `u` and `v`; 0 where a norm is 0."
-    norms = np.linalg.norm(u, axis=1) * np.linalg.norm(v, axis=1)
-    return np.clip(np.where(norms > 0, (u * v).sum(1) / np.where(norms > 0, norms, 1), 0), -1, 1)
+    return np.clip((_unit(u) * _unit(v)).sum(1), -1, 1)
 
 
 def alignment(features, centers, labels, span_of=None):
@@ -77,7 +82,7 @@ def _labels(labels, n, num_classes):
                          f"but they are {y.dtype} {y.shape}{span}")
     return y.astype(int)
 
-# %% ../nbs/instruments/geometry.ipynb #9756375e
+# %% ../nbs/instruments/geometry.ipynb #44bb9a03
 class CenterCorrelation(NamedTuple):
     """Mean over k of corr(cos(z, center_k), p_k), over `all` samples and those `predicted` as k."""
     all: float
@@ -101,10 +106,10 @@ def center_correlation(weight, bias, features, centers, classes=None):
     if C.shape != W.shape:
         raise ValueError(f"centers must be {W.shape} like weight, but they are {C.shape}")
     p = softmax(Z @ W.T + b, axis=1)
-    found = []
+    cos, predicted, found = _unit(Z) @ _unit(C).T, p.argmax(1), []
     for k in range(len(W)) if classes is None else classes:
-        cos, own = _cosine(Z, np.broadcast_to(C[k], Z.shape)), p.argmax(1) == k
-        found.append((_pearson(cos, p[:, k]), _pearson(cos[own], p[own, k])))
+        own = predicted == k
+        found.append((_pearson(cos[:, k], p[:, k]), _pearson(cos[own, k], p[own, k])))
     means = [np.mean(v) if len(v) else np.nan for v in (c[~np.isnan(c)] for c in np.array(found).T)]
     return CenterCorrelation(*map(float, means))
 
