@@ -105,9 +105,9 @@ def _optimizer(parameters, recipe, steps):
         return optimizer, lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return optimizer, lr_scheduler.ConstantLR(optimizer, 1.0)
 
-# %% ../nbs/instruments/train.ipynb #cca91075
+# %% ../nbs/instruments/train.ipynb #2da721fe
 class Diverged(RuntimeError):
-    """Training ended because the loss was not finite."""
+    """Training ended because the loss or a weight was not finite."""
 
 def _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule):
     """Train for one epoch; returns its means over the images: loss, accuracy, rms, span_norm."""
@@ -129,7 +129,7 @@ def _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule)
                 z.norm(dim=1).sum() / z.shape[1] ** .5, (z @ P).norm(dim=1).sum()])
     return (total / len(split.labels)).tolist()
 
-# %% ../nbs/instruments/train.ipynb #fe21f6dd
+# %% ../nbs/instruments/train.ipynb #6cdac406
 def _seed_dropout(seed, device):
     torch.random.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -141,7 +141,7 @@ def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=Fa
 
     `regularizer` is a Regularizer; its overrides of the recipe apply. `device` None is where the
     classifier lies. The history has lists of loss, accuracy (both as trained), rms and span_norm.
-    Raises Diverged where the loss is not finite.
+    Raises Diverged where the loss or a weight is not finite.
     """
     recipe = replace(recipe, **regularizer.recipe)
     classifier.to(device or classifier.mean.device).train()
@@ -156,9 +156,11 @@ def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=Fa
         _seed_dropout(streams["dropout"].initial_seed(), device)
         for epoch in trange(recipe.epochs, disable=not progress, desc=f"seed {seed}"):
             means = _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule)
-            if not np.isfinite(means[0]):
+            weights = torch.nn.utils.parameters_to_vector(classifier.parameters())
+            if not (np.isfinite(means[0]) and weights.isfinite().all()):
                 raise Diverged(f"the loss was {means[0]} in epoch {epoch + 1} of {recipe.epochs}, "
-                               f"with lr {recipe.lr}: try a smaller one")
+                               "and it or a weight is not finite; "
+                               f"lr is {recipe.lr}, try a smaller one")
             for values, mean in zip(history.values(), means):
                 values.append(mean)
     classifier.eval()
