@@ -156,9 +156,15 @@ def execute_all(books, keys, folder, jobs, log):
 
 # ---- assembling ----
 
-def page(path, hidden, title=None):
-    """An executed notebook as it is published: no traces of the machine, no progress bars, its own title."""
-    text = path.read_text()
+LAB_LINK = re.compile(r"\[([^\[\]]*)\]\((lab/[^()]*)\.ipynb\)")
+
+
+def page(path, hidden, title=None, lab=()):
+    """An executed notebook as it is published: no traces of the machine, no progress bars, its own title.
+
+    A condition whose run was published by another machine has no page in this lab log: links to it become text.
+    """
+    text = LAB_LINK.sub(lambda link: link[0] if link[2] in lab else link[1], path.read_text())
     for prefix, instead in hidden.items():
         text = text.replace(prefix, instead)
     notebook = json.loads(text)
@@ -234,14 +240,14 @@ def assemble(executed, build, runs):
     hidden = {f"{build}/": "_build/", f"{runs}/": "runs/", f"{ROOT}/": "", f"{Path.home()}/": "~/"}
     if Path.home() == Path("/"):
         del hidden[f"{Path.home()}/"]
+    lab = assemble_lab(build, runs, hidden)
     for name, path in executed.items():
         target = source / f"{name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(path, hidden))
+        target.write_text(page(path, hidden, lab=lab))
     for name in chapters():
         if name not in executed:
             shutil.copy(ROOT / "book" / f"{name}.md", source / f"{name}.md")
-    lab = assemble_lab(build, runs, hidden)
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     for chapter in (c for part in toc["parts"] for c in part["chapters"]):
         if chapter["file"] == "lab/index" and lab:

@@ -415,14 +415,14 @@ def execute_notebook(source, target, parameters=None, cwd=None, edit=None):
     failed.unlink(missing_ok=True)
     return notebook
 
-# %% ../nbs/instruments/study.ipynb #4c571ae4
+# %% ../nbs/instruments/study.ipynb #bffcd1bc
 PARAMETERS = ("study", "data", "model", "feature_dim", "regularizer", "recipe", "measures", "seeds",
               "runs", "published")
 
 def check_parameters(names):
     """`ValueError` if `names` (a notebook's `globals()`) hold a plain value not in PARAMETERS."""
     plain = (str, int, float, bool, list, dict, tuple, type(None))
-    unknown = sorted(name for name, value in names.items() if isinstance(value, plain)
+    unknown = sorted(name for name, value in names.items() if type(value) in plain
                      and not name.startswith("_") and name not in ("In", "Out", *PARAMETERS))
     if unknown:
         raise ValueError(f"unknown parameters {unknown}; allowed are {', '.join(PARAMETERS)}")

@@ -129,12 +129,15 @@ def _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule)
                 z.norm(dim=1).sum() / z.shape[1] ** .5, (z @ P).norm(dim=1).sum()])
     return (total / len(split.labels)).tolist()
 
-# %% ../nbs/instruments/train.ipynb #6cdac406
+# %% ../nbs/instruments/train.ipynb #5d1c729a
 def _seed_dropout(seed, device):
     torch.random.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+def _finite(classifier):
+    return all(weights.isfinite().all() for weights in classifier.parameters())
 
 def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=False):
     """Train `classifier` in place, leave it in evaluation mode, and return the history by epoch.
@@ -156,8 +159,7 @@ def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=Fa
         _seed_dropout(streams["dropout"].initial_seed(), device)
         for epoch in trange(recipe.epochs, disable=not progress, desc=f"seed {seed}"):
             means = _epoch(classifier, split, recipe, regularizer, streams, optimizer, schedule)
-            weights = torch.nn.utils.parameters_to_vector(classifier.parameters())
-            if not (np.isfinite(means[0]) and weights.isfinite().all()):
+            if not (np.isfinite(means[0]) and _finite(classifier)):
                 raise Diverged(f"the loss was {means[0]} in epoch {epoch + 1} of {recipe.epochs}, "
                                "and it or a weight is not finite; "
                                f"lr is {recipe.lr}, try a smaller one")

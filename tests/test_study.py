@@ -1,4 +1,5 @@
 """Studies under faults: real processes that are killed, runs that fail, definitions that are wrong."""
+import copy
 import json
 import logging
 import os
@@ -9,7 +10,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import numpy as np
+import papermill
 import psutil
 import pytest
 import yaml
@@ -271,8 +274,20 @@ def test_notebooks_are_executed_once(place):
     assert "repspace" in json.loads(path.read_text())["metadata"] and there(place) == records_before
 
 
+def test_the_condition_notebook_runs_by_itself_and_again_in_the_same_kernel(place):
+    notebook = nbformat.read(study._template(), 4)
+    again = copy.deepcopy(notebook.cells)
+    for cell in again:
+        cell.id, cell.metadata = f"again-{cell.id}", {}
+    notebook.cells += again
+    nbformat.write(notebook, place / "twice.ipynb")
+    executed = study.execute_notebook(place / "twice.ipynb", place / "out.ipynb", cwd=place)
+    tables = [cell.outputs[-1].data["text/plain"] for cell in executed.cells if cell.source.startswith("run_condition")]
+    assert [("made" in table, "done" in table) for table in tables] == [(True, False), (False, True)]
+    assert sorted(p.name for p in (place / "runs").iterdir()) == ["adhoc", "weights"]
+
+
 def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
-    import papermill
     template = study._template()
     with pytest.raises(ValueError, match="no parameters.*sedes"):
         study.execute_notebook(template, place / "x.ipynb", {"sedes": [0]})
