@@ -113,9 +113,11 @@ def execute(name, source, target):
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
     start, partial = time.monotonic(), target.with_name(f".{target.name}")
-    config = Config({"KernelManager": {"transport": "ipc"}})
     error = None
     for attempt in range(3):
+        # Sockets of its own: by default they lie in the working directory, where chapters side by side would meet.
+        sockets = tempfile.mkdtemp(dir=os.environ["JUPYTER_RUNTIME_DIR"])
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         try:
             papermill.execute_notebook(readable(source), partial, cwd=source.parent, kernel_name="python3", config=config,
                                        progress_bar=False, execution_timeout=1800, start_timeout=180)

@@ -43,8 +43,16 @@ def copy_mathjax(app, error):
             shutil.copy(package / part, target / part)
 
 
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Jupyter Book's pages name a script elsewhere for running cells in the browser, which this book does not offer."""
+    if "script_files" in context:
+        context["script_files"] = [script for script in context["script_files"]
+                                   if "thebe" not in str(script) + str(getattr(script, "attributes", "")).lower()]
+
+
 def setup(app):
     app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("source-read", on_source_read)
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

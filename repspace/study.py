@@ -240,10 +240,11 @@ def _describe(condition, seed, study):
                                         "training_key": records.training_key(settings)}
             | _circumstances())
 
-# %% ../nbs/instruments/study.ipynb #fc32fadd
+# %% ../nbs/instruments/study.ipynb #9cdb6096
 def _make(condition, seed, study, runs):
     """Train and measure one run and write its record; "made", or "remeasured" if trained before."""
     from repspace import data
+    from repspace.measure import settings
     dataset = data.load(condition.data, seed=seed)
     dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     classifier, training, new = _trained(condition, dataset, seed, runs)
@@ -251,6 +252,7 @@ def _make(condition, seed, study, runs):
     measured = _measure(condition, classifier, dataset, seed)
     seconds = {"train": training["seconds"], "measure": time.perf_counter() - start}
     run = _describe(condition, seed, study) | {
+        "settings": settings(condition.data, condition.measures)._asdict(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_mb": _peak_memory_mb(),
         "provenance": provenance() | {"training": training["provenance"]},
