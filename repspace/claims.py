@@ -357,11 +357,12 @@ def overview(ledger, folder="findings"):
                      f"| **{row.overall}** | {counts} |")
     return Markdown("\n".join(lines))
 
-# %% ../nbs/instruments/claims.ipynb #ab96fc97
+# %% ../nbs/instruments/claims.ipynb #021d05e1
 def _effect_cell(row):
     signed = row.kind.startswith(("paired", "difference"))
     effect, low, high = (figures.number(x, row.unit, signed) for x in (row.effect, row.low, row.high))
-    return f"**{row.verdict}**<br>{effect}<br>({low.removesuffix(row.unit).strip()} to {high})"
+    low, high = (bound.removesuffix(row.unit).strip() for bound in (low, high))
+    return f"{figures.verdict_marks[row.verdict]} **{row.verdict}**<br>{effect}<br>({low} to {high})"
 
 def scorecard(ledger, model, folder="findings", lab=None):
     """Claims × conditions of one model as a `Markdown` table, by the first measure of each claim."""
@@ -412,20 +413,21 @@ def _cell(verdicts):
     if verdicts.empty: return "–"
     return verdicts.iloc[0] if verdicts.nunique() == 1 else _totals(verdicts)
 
-# %% ../nbs/instruments/claims.ipynb #b7975caf
+# %% ../nbs/instruments/claims.ipynb #8971f6a9
 def table(ledger, claim_id):
-    """The rows of a claim as a DataFrame of text, ready to display, indexed by the measure's label."""
+    """The rows of a claim as text, a styled DataFrame ready to display; `.data` is the DataFrame."""
     _, rows = _of_claim(ledger, claim_id)
     def line(row):
         signed = row.kind in ("difference within a run",) or row.kind.startswith("paired")
         def number(value): return figures.number(value, row.unit, signed)
         bounds = {"above": f"above {number(row.high_bound)}", "below": f"below {number(row.low_bound)}",
                   "inside": f"{number(row.low_bound)} to {number(row.high_bound)}"}
-        return {"measure": row.label, "model": row.model, "regularizer": figures.name(row.regularizer),
-                "effect": number(row.effect), "interval": f"{number(row.low)} to {number(row.high)}",
+        low, high = (number(x).removesuffix(row.unit).strip() for x in (row.low, row.high))
+        return {"measure": row.label, "net": row.model, "regularizer": figures.name(row.regularizer),
+                "effect": number(row.effect), "interval": f"{low} to {high}",
                 "level": f"{100 * row.level:.2f} %", "claimed": bounds[row.claimed],
-                "seeds": row.seeds, "verdict": row.verdict}
-    return pd.DataFrame([line(row) for row in rows.itertuples()]).set_index("measure")
+                "verdict": f"{figures.verdict_marks[row.verdict]} {row.verdict}"}
+    return pd.DataFrame([line(row) for row in rows.itertuples()]).style.hide()
 
 # %% ../nbs/instruments/claims.ipynb #9ae4cd45
 def compare(ledger_a, ledger_b):

@@ -277,7 +277,16 @@ def scorecard(ledger, measures=False, caption=None):
         "" if measures else " A number counts the measures of a claim."))
     return Figure(fig, caption, f"Grid of verdicts by claim and condition. {told}.")
 
-# %% ../nbs/instruments/figures.ipynb #3fec6c63
+# %% ../nbs/instruments/figures.ipynb #b33992d8
+def _capital(text): return text[:1].upper() + text[1:]
+
+def _by_model(told):
+    """Sentences from (model, regularizer or title, text) triples, one per model."""
+    models = dict.fromkeys(model for model, _, _ in told)
+    def sentence(model): return ", ".join(f"{name(t)} {text}" for of, t, text in told if of == model)
+    return " ".join((f"{m}: {sentence(m)}" if m else _capital(sentence(m))) + "." for m in models)
+
+# %% ../nbs/instruments/figures.ipynb #f1b889ed
 @theme()
 def paired_lines(runs, column, label=None, caption=None):
     """A line per seed from the plain run's value of `column` to the regularized one's, by model."""
@@ -294,14 +303,14 @@ def paired_lines(runs, column, label=None, caption=None):
             ax.plot([i - 0.28] * len(pairs), pairs[:, 0], ls="", markersize=3, **style("none"))
             ax.plot([i + 0.28] * len(pairs), pairs[:, 1], ls="", markersize=4, mec="none", **look)
             before, after = pairs.mean(0) if len(pairs) else (np.nan, np.nan)
-            told.append(f"{model}, {name(text)}: mean {before:.3g} to {after:.3g}, up in "
-                        f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds")
+            told.append((model, text, f"{before:.3g} → {after:.3g} (up in "
+                         f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
         ax.set_xticks(range(len(others)), [_wrapped(name(text), 10) for text in others])
         ax.set(title=model, xlim=(-0.6, len(others) - 0.4))
     axes[0, 0].set_ylabel(label or column)
     _legend(fig, runs["regularizer"])
-    return Figure(fig, caption or f"{label or column} of plain and regularized runs; a line is a seed.",
-                  f"{label or column}, plain to regularized. " + "; ".join(told) + ".")
+    finding = f"{_capital(label or column)}, plain → regularized, mean over seeds. {_by_model(told)}"
+    return Figure(fig, caption or f"{finding} A line is a seed.", finding)
 
 # %% ../nbs/instruments/figures.ipynb #bdf4836a
 def _band(ax, x, curves, color, least=-np.inf, most=np.inf):
@@ -313,7 +322,7 @@ def _band(ax, x, curves, color, least=-np.inf, most=np.inf):
         ax.fill_between(x, low.clip(least, most), high.clip(least, most), color=color, alpha=0.15, lw=0)
     return mean
 
-# %% ../nbs/instruments/figures.ipynb #ffdcd599
+# %% ../nbs/instruments/figures.ipynb #1cde84a6
 @theme()
 def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
     """Mean and 95 % band over seeds of "success" or "robust_accuracy" against eps in /255, by model."""
@@ -328,17 +337,17 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
             curves = np.array([curve[attack][value] for curve in group["curves"]])
             mean = _band(ax, eps, curves, style(text)["color"], 0, 1)
             ax.plot(eps, mean, ls="", markersize=4, mec="none", **style(text))
-            told.append(f"{model}, {name(text)}: {mean[0]:.2f} at {eps[0]:g} "
-                        f"to {mean[-1]:.2f} at {eps[-1]:g}")
+            at = np.interp(reference, eps, mean) if reference else mean[-1]
+            told.append((model, text, f"{100 * at:.0f} %"))
         if reference: ax.axvline(reference, color=ink, lw=0.8, ls="--")
         ax.set(title=model, xlabel="ε / 255", ylim=(-0.02, 1.02))
     axes[0, 0].set_ylabel(words)
     _legend(fig, runs["regularizer"])
-    title = f"{words.capitalize()} under {attack.upper()} over its limit"
-    caption = caption or f"{title}: mean and 95 % band over seeds."
-    return Figure(fig, caption, f"{title}. {'; '.join(told)}.")
+    limit = f"{reference or eps[-1]:g}/255"
+    finding = f"{words.capitalize()} under {attack.upper()} at {limit}, mean over seeds. {_by_model(told)}"
+    return Figure(fig, caption or f"{finding} Bands are 95 % intervals.", f"Curves over ε. {finding}")
 
-# %% ../nbs/instruments/figures.ipynb #e5e47129
+# %% ../nbs/instruments/figures.ipynb #ce5a8a72
 @theme()
 def training(runs, column, label=None, target=None, caption=None):
     """Mean and 95 % band over seeds of a column of `runs["history"]` by epoch, a panel per model."""
@@ -353,14 +362,16 @@ def training(runs, column, label=None, target=None, caption=None):
             curves = np.array([history[column] for history in group["history"]])
             mean = _band(ax, np.arange(1, curves.shape[1] + 1), curves, look["color"])
             ax.plot(len(mean), mean[-1], mec="none", markersize=4, clip_on=False, **look)
-            told.append(f"{model}, {name(text)}: {mean[0]:.3g} to {mean[-1]:.3g}")
+            told.append((model, text, f"{mean[-1]:.3g}"))
             if target and group[target].notna().any():
-                ax.axhline(group[target].astype(float).mean(), color=look["color"], ls="--", lw=0.9)
+                level = group[target].astype(float).mean()
+                ax.axhline(level, color=look["color"], ls="--", lw=0.9)
+                told[-1] = (model, text, f"{mean[-1]:.3g} (dashed: {level:.3g})")
         ax.set(title=model, xlabel="epoch")
     axes[0, 0].set_ylabel(label)
     _legend(fig, runs["regularizer"])
-    return Figure(fig, caption or f"Along training: {label}. Mean and 95 % band over seeds.",
-                  f"Along training, {label}, first to last epoch. " + "; ".join(told) + ".")
+    finding = f"{_capital(label)} in the last epoch, mean over seeds. {_by_model(told)}"
+    return Figure(fig, caption or f"{finding} Bands are 95 % intervals.", f"Curves over epochs. {finding}")
 
 # %% ../nbs/instruments/figures.ipynb #9e510a91
 def _reliability_panel(ax, regularizer, table):
@@ -377,7 +388,7 @@ def _reliability_panel(ax, regularizer, table):
     ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     return float((share * gap).sum())
 
-# %% ../nbs/instruments/figures.ipynb #28b8c813
+# %% ../nbs/instruments/figures.ipynb #df2f0126
 @theme()
 def reliability(tables, caption=None):
     """Reliability diagrams of `tables`: {(model, regularizer): table of calibration.reliability}.
@@ -394,13 +405,13 @@ def reliability(tables, caption=None):
             if (model, title) not in tables: ax.set_axis_off()
             else:
                 gap = _reliability_panel(ax, title, tables[model, title])
-                told.append(f"{model} {name(title)}: mean confidence minus accuracy "
-                            f"{number(gap, signed=True)}")
+                told.append((model, title, number(gap, signed=True)))
         axes[i, 0].set_ylabel(f"{model}\naccuracy".strip())
     for ax, title in zip(axes[0], titles): ax.set_title(name(title))
     for ax in axes[-1]: ax.set_xlabel("confidence")
-    return Figure(fig, caption or "Accuracy against confidence; below the diagonal is overconfidence.",
-                  "Reliability diagrams. " + "; ".join(text.strip() for text in told) + ".")
+    finding = f"Mean confidence − accuracy. {_by_model(told)}"
+    return Figure(fig, caption or f"{finding} Dots below the diagonal are overconfident.",
+                  f"Reliability diagrams. {finding}")
 
 # %% ../nbs/instruments/figures.ipynb #8bf33355
 def reliability_by_condition(recorded, n_bins=10, caption=None):
@@ -418,7 +429,7 @@ def reliability_by_condition(recorded, n_bins=10, caption=None):
                 tables[model, text] = calibration.reliability(probs, labels, n_bins)
     return reliability(tables, caption)
 
-# %% ../nbs/instruments/figures.ipynb #a53d02ff
+# %% ../nbs/instruments/figures.ipynb #d0e7fbcc
 @theme()
 def distributions(recorded, column, label=None, caption=None):
     """Densities of a column of `recorded.samples` (a Records) by regularizer, a panel per model."""
@@ -434,16 +445,15 @@ def distributions(recorded, column, label=None, caption=None):
             if group.empty: continue
             sns.kdeplot(x=group[column], ax=ax, color=style(text)["color"], cut=0, lw=1.5,
                         ls=lines[i % 4])
-            quartiles = ", ".join(f"{q:.3g}" for q in group[column].quantile([0.25, 0.5, 0.75]))
-            told.append(f"{model}, {name(text)}: quartiles {quartiles}")
-        ax.set(title=model, xlabel=label or column, ylabel="", yticks=[])
+            told.append((model, text, f"{group[column].median():.3g}"))
+        ax.set(title=model, xlabel=_wrapped(label or column, 44), ylabel="", yticks=[])
         ax.spines["left"].set_visible(False)
     axes[0, 0].set_ylabel("density")
     handles = [plt.Line2D([], [], color=style(text)["color"], ls=lines[i % 4], label=name(text))
                for i, text in enumerate(texts)]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(texts))
-    return Figure(fig, caption or f"Test images by regularizer: {label or column}.",
-                  f"Densities of {label or column}. " + "; ".join(told) + ".")
+    finding = f"Median over test images of all seeds: {label or column}. {_by_model(told)}"
+    return Figure(fig, caption or finding, f"Densities. {finding}")
 
 # %% ../nbs/instruments/figures.ipynb #6119838a
 def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), steps=151, arrows=9):
@@ -469,7 +479,7 @@ def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), step
 
 class_colors = sns.color_palette("colorblind", 10)
 
-# %% ../nbs/instruments/figures.ipynb #7ae85758
+# %% ../nbs/instruments/figures.ipynb #5871c5c0
 @theme()
 def plane_regions(nets, caption=None, columns=3):
     """Planes of nets: {title: dict(weight, bias, features, labels)}, with `axes` where d is above 2.
@@ -483,11 +493,12 @@ def plane_regions(nets, caption=None, columns=3):
         regions = _plane_panel(ax, **net)
         ax.set_title(name(title))
         ax.spines[:].set_visible(True)
-        told.append(f"{name(title)}: {regions} regions")
+        told.append(("", title, f"{regions} {'region' if regions == 1 else 'regions'}"))
     for ax in axes.flat[len(nets):]: ax.set_axis_off()
-    return Figure(fig, caption or "Predicted class (colours), confidence (contours at .5, .9 and .99), "
-                  "descent of the loss (arrows) and samples (dots) in the plane.",
-                  "Decision regions in a plane through the origin. " + "; ".join(told) + ".")
+    legend = ("Predicted class (colours), confidence (contours at .5, .9 and .99), descent of the loss "
+              "(arrows) and samples (dots).")
+    return Figure(fig, caption or f"{_by_model(told)} {legend}",
+                  f"Decision regions in a plane through the origin. {_by_model(told)}")
 
 # %% ../nbs/instruments/figures.ipynb #f6d179b9
 def planes(recorded, seed=0, model=None, caption=None):

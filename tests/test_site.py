@@ -1,0 +1,235 @@
+"""The site, built from two conditions and two seeds, read page by page and opened in a browser."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+REGULARIZERS = ["none", "label-smoothing:0.1"]
+sys.path.insert(0, str(ROOT / "book"))
+
+import build  # noqa: E402
+from repspace_book import strip_directives  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """`make book` in a folder of its own, with a corner of the digits study."""
+    place = tmp_path_factory.mktemp("site")
+    study = yaml.safe_load((ROOT / "nbs/experiments/digits.yaml").read_text())
+    study["seeds"] = study["round"] = 2
+    study["grid"] = [study["grid"][0] | {"models": ["tiny-cnn"], "regularizers": REGULARIZERS}]
+    (place / "digits.yaml").write_text(yaml.safe_dump(study))
+    made = subprocess.run([sys.executable, "-m", "repspace.study", place / "digits.yaml", "--afresh", "--runs",
+                           place / "runs", "--notebooks", place / "_build/lab/digits"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    # Executed chapters are kept under what they depend on, so the book and this test share those of the instruments.
+    command = [sys.executable, ROOT / "book/build.py", "--runs", place / "runs", "--out", place,
+               "--executed", ROOT / "_build/executed"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    return place / "_build/html", built.stdout, again.stdout
+
+
+@pytest.fixture(scope="session")
+def pages(site):
+    """Every page, parsed: path → soup."""
+    return {p: BeautifulSoup(p.read_text(), "html.parser") for p in sorted(site[0].rglob("*.html"))
+            if "_static" not in p.parts}
+
+
+def chapters(pages):
+    return {p: soup for p, soup in pages.items() if p.name not in ("search.html", "genindex.html")}
+
+
+# ---- what the build says and does ----
+
+def test_build_says_where_the_site_is_and_how_long_it_took(site):
+    html, said, _ = site
+    assert said.rstrip().endswith((html / "index.html").as_uri())
+    for stage in ("Chapters", "Pages", "Site", "Largest process"):
+        assert re.search(rf"^{stage}.*\d (s|GB)$", said, re.MULTILINE)
+
+
+def test_second_build_does_nothing_again(site):
+    assert re.search(r"^  0 executed", site[2], re.MULTILINE) and "  unchanged" in site[2]
+
+
+def test_every_chapter_and_every_condition_has_a_page(site, pages):
+    listed = {f"{name}.html" for name in [*build.chapters(), "lab/index"]}
+    listed |= {f"lab/digits/digits.tiny-cnn.{slug}.html" for slug in ("none", "label-smoothing-0.1")}
+    assert listed <= {str(p.relative_to(site[0])) for p in pages}
+
+
+def test_lab_log_lists_the_conditions(site, pages):
+    rows = [row.get_text(" ", strip=True) for row in pages[site[0] / "lab/index.html"].select("article tbody tr")]
+    assert len(rows) == 2 and "digits · tiny-cnn · none 2 0." in rows[0] and "label smoothing 0.1" in rows[1]
+
+
+def test_condition_pages_have_titles_of_their_own(site, pages):
+    page = pages[site[0] / "lab/digits/digits.tiny-cnn.label-smoothing-0.1.html"]
+    assert page.h1.get_text().startswith("digits · tiny-cnn · label smoothing 0.1")
+
+
+# ---- what stands in the pages ----
+
+def test_links_anchors_and_files_exist(site, pages):
+    html, ids, broken = site[0], {}, []
+    for path, soup in pages.items():
+        ids[path] = {tag["id"] for tag in soup.select("[id]")} | {tag["name"] for tag in soup.select("a[name]")}
+    for path, soup in pages.items():
+        for tag, attribute in [(t, a) for a in ("href", "src") for t in soup.select(f"[{a}]")]:
+            url = urlsplit(tag[attribute])
+            if url.scheme or url.netloc or tag[attribute] in ("#", ""):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.is_file() or not target.is_relative_to(html.resolve()):
+                broken.append((path.name, tag[attribute]))
+            elif url.fragment and target in ids and unquote(url.fragment) not in ids[target]:
+                broken.append((path.name, tag[attribute]))
+    assert not broken
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    outside = re.compile(r"^(https?:)?//")
+    loads = [(p.name, str(tag)[:120]) for p, soup in pages.items()
+             for tag in soup.select("script, link, img, iframe, source, object, video, audio, form")
+             for a in ("src", "href", "srcset", "data", "action") if outside.match(tag.get(a, ""))]
+    loads += [(p.name, "url in a script") for p, soup in pages.items() for script in soup.select("script")
+              if re.search(r"https?://", script.get_text())]
+    loads += [(p.name, url) for p in site[0].rglob("*.css")
+              for url in re.findall(r"url\(\s*[\"']?(?:https?:)?//[^)]*\)|@import\s+[\"'](?:https?:)?//[^;]*", p.read_text())]
+    assert not loads
+
+
+def test_pages_show_no_directives_errors_or_warnings(pages):
+    wrong = re.compile(r"^\s*#\s*\|.*|Traceback \(most recent call last\).*|^\S*Warning: .*|.*<object at 0x.*", re.MULTILINE)
+    shown = [(p.name, found.group(0)[:100]) for p, soup in chapters(pages).items()
+             for found in [wrong.search(soup.select_one("article").get_text())] if found]
+    assert not shown
+
+
+def test_pages_say_nothing_of_the_machine(site):
+    words = [str(ROOT), str(site[0].parent), str(site[0].parent.parent), sys.prefix]
+    words += [str(Path.home())] if len(str(Path.home())) > 6 else []
+    texts = [p for p in site[0].rglob("*") if p.suffix in (".html", ".js", ".ipynb", ".md", ".inv", ".svg")]
+    told = [(p.name, word) for p in texts if "mathjax" not in p.parts for word in words
+            if re.search(re.escape(word) + r"(?![\w-])", p.read_text(errors="replace"))]
+    assert not told
+
+
+def test_figures_have_alternative_texts(pages):
+    silent = []
+    for path, soup in chapters(pages).items():
+        article = soup.select_one("article")
+        for image in article.select("img"):
+            alt = image.get("alt", "").strip()
+            if not alt or "_images/" in alt or alt.endswith((".png", ".svg")):
+                silent.append((path.name, str(image)[:80]))
+        for svg in (s for s in article.select("svg") if not s.find_parent("svg") and "aria-hidden" not in s.attrs):
+            if not (svg.get("aria-label") or svg.find("title", recursive=False)):
+                silent.append((path.name, str(svg)[:80]))
+    assert not silent
+
+
+def test_one_search_field_and_no_page_is_an_orphan(site, pages):
+    front = pages[site[0] / "index.html"]
+    assert len(front.select("nav .search-button-field, .bd-sidebar-primary .search-button-field")) == 1
+    reached = {urlsplit(a["href"]).path for a in front.select(".bd-sidebar-primary a[href]")}
+    assert {f"{name}.html" for name in build.chapters() if name != "index"} <= reached | {"#"}
+
+
+# ---- in a browser without a network ----
+
+def browse(page, profile, *options):
+    """The page's DOM after its scripts have run, and what the browser logged."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+         "--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", *options,
+         page.as_uri()], capture_output=True, text=True, timeout=120, env=os.environ | {"LANG": "C.UTF-8"})
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
+@pytest.mark.parametrize("name", ["index", "findings/cones", "instruments/geometry"])
+def test_page_renders_offline(site, tmp_path, name):
+    page = site[0] / f"{name}.html"
+    dom, console = browse(page, tmp_path / "profile", "--dump-dom")
+    assert not console
+    assert ('class="math' in page.read_text()) == ("<mjx-container" in dom)
+    assert "mjx-merror" not in dom
+
+
+# A page does not scroll sideways on a phone: what is wider scrolls in a frame of its own.
+WIDTH = "<script>addEventListener('load', () => document.body.dataset.overflow = " \
+        "document.documentElement.scrollWidth - innerWidth)</script></body>"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
+def test_pages_fit_a_phone(site, pages, tmp_path):
+    """All pages are opened in frames of 390 pixels, side by side in one browser."""
+    copy, names = tmp_path / "html", [str(p.relative_to(site[0])) for p in chapters(pages)]
+    shutil.copytree(site[0], copy)
+    frames = "".join(f'<iframe width="390" height="800" src="{name}"></iframe>' for name in names)
+    (copy / "frames.html").write_text(f"""<body>{frames}<script>
+        addEventListener("load", () => setTimeout(() => {{
+            document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(
+                f => f.contentDocument.documentElement.scrollWidth));
+        }}, 3000))</script></body>""")
+    dom, _ = browse(copy / "frames.html", tmp_path / "profile", "--dump-dom", "--allow-file-access-from-files")
+    widths = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+    assert not [(name, width) for name, width in zip(names, widths, strict=True) if width > 390]
+
+
+# ---- the parts of the machinery ----
+
+def test_directives_are_stripped_and_hidden_cells_dropped():
+    def cell(source):
+        return {"cell_type": "code", "source": source.splitlines(keepends=True)}
+    notebook = {"cells": [cell("#| default_exp arrays"), cell("#| hide\nimport os"), cell("#|export\n#| slow\nx = 1  #| no")]}
+    assert [c["source"] for c in strip_directives(notebook)["cells"]] == ["x = 1  #| no"]
+
+
+def write(path, *sources):
+    import nbformat.v4 as v4
+    import nbformat
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(source) for source in sources]), path)
+    return path
+
+
+def executed(tmp_path, path):
+    env = build.child_environment(tmp_path, str(tmp_path))
+    code = (f"import os, sys; sys.path.insert(0, {str(ROOT / 'book')!r}); import build; from pathlib import Path; "
+            f"print(build.execute('x', Path({str(path)!r}), Path({str(tmp_path / 'done.ipynb')!r})))")
+    with_runtime = env | {"JUPYTER_RUNTIME_DIR": os.environ.get("JUPYTER_RUNTIME_DIR", "/tmp")}
+    return subprocess.run([sys.executable, "-c", code], env=with_runtime, capture_output=True, text=True).stdout
+
+
+def test_failing_chapter_is_named_with_its_cell_and_traceback(tmp_path):
+    said = executed(tmp_path, write(tmp_path / "bad.ipynb", "x = 1", "x / 0"))
+    assert "x / 0" in said and "ZeroDivisionError: division by zero" in said
+    assert not (tmp_path / "done.ipynb").exists()
+
+
+def test_slow_cells_are_not_executed(tmp_path):
+    said = executed(tmp_path, write(tmp_path / "slow.ipynb", "#| slow\n1 / 0", "#| eval: false\n1 / 0", "2"))
+    assert said.rstrip().endswith("None)") and (tmp_path / "done.ipynb").exists()
+
+
+def test_kernels_are_those_of_this_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    write(tmp_path / "which.ipynb", "import sys, os; open('which', 'w').write(sys.executable + str('MPLBACKEND' in os.environ))")
+    executed(tmp_path, tmp_path / "which.ipynb")
+    assert (tmp_path / "which").read_text().startswith(sys.executable)
