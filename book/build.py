@@ -184,9 +184,16 @@ def page(path, hidden, title=None, lab=()):
 
 
 def condition_title(slug):
-    """`digits.tiny-cnn.label-smoothing-0.1` → `digits · tiny-cnn · label smoothing 0.1`"""
+    """`digits.tiny-cnn.mixup-1.0` → `digits · tiny-cnn · Mixup 1.0`"""
     data, model, regularizer = slug.split(".", 2)
-    return f"{data} · {model} · {re.sub('-', ' ', regularizer)}"
+    words = {"none": "plain", "mixup": "Mixup", "cutmix": "CutMix"}
+    return f"{data} · {model} · {' '.join(words.get(word, word) for word in regularizer.split('-'))}"
+
+
+def condition_order(path):
+    """Of a network the plain training comes first, as in every table of the book."""
+    data, model, regularizer = path.stem.split(".", 2)
+    return data, model, regularizer != "none", regularizer
 
 
 def condition_row(page_name, slug, folder):
@@ -221,8 +228,7 @@ def assemble_lab(build, runs, hidden):
     for study in studies:
         text += (f"\n## {study.name}\n\n| condition | runs | accuracy, mean | training, per run | measuring, per run |\n"
                  "|---|---|---|---|---|\n")
-        # Plain training first, as in every table of the book.
-        for path in sorted(study.glob("*.ipynb"), key=lambda p: (not p.stem.endswith(".none"), p.stem)):
+        for path in sorted(study.glob("*.ipynb"), key=condition_order):
             name = f"lab/{study.name}/{path.stem}"
             target = build / "source" / f"{name}.ipynb"
             target.parent.mkdir(parents=True, exist_ok=True)

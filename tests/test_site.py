@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -73,7 +74,7 @@ def test_every_chapter_and_every_condition_has_a_page(site, pages):
 
 def test_lab_log_lists_the_conditions(site, pages):
     rows = [row.get_text(" ", strip=True) for row in pages[site[0] / "lab/index.html"].select("article tbody tr")]
-    assert len(rows) == 2 and "digits · tiny-cnn · none 2 0." in rows[0] and "label smoothing 0.1" in rows[1]
+    assert len(rows) == 2 and "digits · tiny-cnn · plain 2 0." in rows[0] and "label smoothing 0.1" in rows[1]
 
 
 def test_condition_pages_have_titles_of_their_own(site, pages):
@@ -170,14 +171,9 @@ def test_page_renders_offline(site, tmp_path, name):
     assert "mjx-merror" not in dom
 
 
-# A page does not scroll sideways on a phone: what is wider scrolls in a frame of its own.
-WIDTH = "<script>addEventListener('load', () => document.body.dataset.overflow = " \
-        "document.documentElement.scrollWidth - innerWidth)</script></body>"
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
 def test_pages_fit_a_phone(site, pages, tmp_path):
-    """All pages are opened in frames of 390 pixels, side by side in one browser."""
+    """No page scrolls sideways at 390 pixels: what is wider scrolls in a frame of its own. All pages in one browser."""
     copy, names = tmp_path / "html", [str(p.relative_to(site[0])) for p in chapters(pages)]
     shutil.copytree(site[0], copy)
     frames = "".join(f'<iframe width="390" height="800" src="{name}"></iframe>' for name in names)
@@ -209,11 +205,12 @@ def write(path, *sources):
 
 
 def executed(tmp_path, path):
-    env = build.child_environment(tmp_path, str(tmp_path))
-    code = (f"import os, sys; sys.path.insert(0, {str(ROOT / 'book')!r}); import build; from pathlib import Path; "
+    """What `build.execute` returns for the notebook at `path`, as text."""
+    code = (f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT / 'book')!r}); import build; "
             f"print(build.execute('x', Path({str(path)!r}), Path({str(tmp_path / 'done.ipynb')!r})))")
-    with_runtime = env | {"JUPYTER_RUNTIME_DIR": os.environ.get("JUPYTER_RUNTIME_DIR", "/tmp")}
-    return subprocess.run([sys.executable, "-c", code], env=with_runtime, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as runtime:
+        env = build.child_environment(tmp_path, runtime)
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
 
 
 def test_failing_chapter_is_named_with_its_cell_and_traceback(tmp_path):
