@@ -9,13 +9,14 @@ __all__ = ['log', 'kinds', 'paired_kinds', 'cones', 'cones_anyway', 'magnitude',
            'Markdown', 'overall', 'summary', 'overview', 'scorecard', 'opening', 'table', 'compare', 'agreement',
            'Reproduction', 'reproduction']
 
-# %% ../nbs/instruments/claims.ipynb #0bff56d3
+# %% ../nbs/instruments/claims.ipynb #e1fe773c
 import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from . import figures, records, stats
 
@@ -198,14 +199,14 @@ scaling = Claim(
              _within(0.01), "One per cent of the probability given to the true class.",
              "nll_temperature")))
 
-# %% ../nbs/instruments/claims.ipynb #84b48f6b
+# %% ../nbs/instruments/claims.ipynb #bc29ae35
 robustness = Claim(
     "robustness", "They lower the success of gradient attacks.", "the abstract and the reviews",
     "robustness",
     tuple(Measure(f"success_{attack}", f"change of the success of {attack.upper()}", "difference",
                   f"success_{attack}", _below(0.02), "Two images in a hundred, the difference that the "
                   "checks for gradient masking count too.", unit="points")
-          for attack in ("fgsm", "pgd")))
+          for attack in ("pgd", "fgsm")))
 
 toward_origin = Claim(
     "toward-origin", "The better a vector is aligned with its center, the more an attack pushes it "
@@ -346,14 +347,14 @@ def summary(ledger):
     table = counts.loc[order].assign(rows=counts.sum(axis=1), overall=together)
     return table.rename_axis(columns=None).reset_index()
 
-# %% ../nbs/instruments/claims.ipynb #a8e18f4a
+# %% ../nbs/instruments/claims.ipynb #5f8682c2
 def overview(ledger, folder="findings"):
     """The ledger's claims as a `Markdown` table: sentence, verdict, counts; chapters in `folder`."""
-    lines = ["| claim | what it says | verdict | rows |", "|---|---|---|---|"]
+    lines = ["| claim | verdict | rows |", "|---|---|---|"]
     for row in summary(ledger).itertuples():
         claim = get(row.claim)
         counts = _totals(ledger.loc[ledger["claim"] == row.claim, "verdict"])
-        lines.append(f"| [{claim.id}]({folder}/{claim.chapter}.ipynb) | {claim.sentence} "
+        lines.append(f"| [{claim.id}]({folder}/{claim.chapter}.ipynb): {claim.sentence} "
                      f"| **{row.overall}** | {counts} |")
     return Markdown("\n".join(lines))
 
@@ -413,7 +414,7 @@ def _cell(verdicts):
     if verdicts.empty: return "–"
     return verdicts.iloc[0] if verdicts.nunique() == 1 else _totals(verdicts)
 
-# %% ../nbs/instruments/claims.ipynb #8971f6a9
+# %% ../nbs/instruments/claims.ipynb #3318e339
 def table(ledger, claim_id):
     """The rows of a claim as text, a styled DataFrame ready to display; `.data` is the DataFrame."""
     _, rows = _of_claim(ledger, claim_id)
@@ -427,7 +428,8 @@ def table(ledger, claim_id):
                 "effect": number(row.effect), "interval": f"{low} to {high}",
                 "level": f"{100 * row.level:.2f} %", "claimed": bounds[row.claimed],
                 "verdict": f"{figures.verdict_marks[row.verdict]} {row.verdict}"}
-    return pd.DataFrame([line(row) for row in rows.itertuples()]).style.hide()
+    text = pd.DataFrame([line(row) for row in rows.itertuples()])
+    return Styler(text, uuid=claim_id, cell_ids=False).hide().set_table_attributes('class="dataframe"')
 
 # %% ../nbs/instruments/claims.ipynb #9ae4cd45
 def compare(ledger_a, ledger_b):

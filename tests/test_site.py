@@ -153,12 +153,14 @@ def test_one_search_field_and_no_page_is_an_orphan(site, pages):
 # ---- in a browser without a network ----
 
 def browse(page, profile, *options):
-    """The page's DOM after its scripts have run, and what the browser logged."""
+    """The page's DOM after its scripts have run, and the errors that the browser logged."""
     done = subprocess.run(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
          "--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", *options,
          page.as_uri()], capture_output=True, text=True, timeout=120, env=os.environ | {"LANG": "C.UTF-8"})
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # The theme's own console.log lines are no errors; a script or file that fails is.
+    logged = re.compile(r"CONSOLE.*(Uncaught|Error|ERR_|Failed|Refused|blocked)")
+    return done.stdout, [line for line in done.stderr.splitlines() if logged.search(line)]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
