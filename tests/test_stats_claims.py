@@ -179,9 +179,9 @@ def test_heads_that_start_without_bias_are_not_judged_before_training(small_stud
 
 
 def test_figures_are_drawn_from_records(small_study):
-    assert "before training: " in figures.planes(small_study).alt
-    assert "net Mixup 1.0: mean confidence" in figures.reliability_by_condition(small_study).alt
-    assert "net, plain" in figures.distributions(small_study, "image").alt
+    assert "Before training 3 regions" in figures.planes(small_study).alt
+    assert "Mixup 1.0 " in figures.reliability_by_condition(small_study).alt
+    assert "net: plain " in figures.distributions(small_study, "image").alt
 
 
 @pytest.fixture(scope="module")
