@@ -4,7 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
+# Named after the folder: an environment that was moved or copied with it still imports from the old place.
+READY := $(VENV)/.ready-$(shell pwd | cksum | cut -d' ' -f1)
 STUDY ?= digits
 
 .DEFAULT_GOAL := help

@@ -20,6 +20,7 @@ import yaml
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from repspace import records, study
+from repspace.condition import Condition, run_condition
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -183,17 +184,17 @@ def test_other_faults_are_refused(place):
 
 
 def condition(**changes):
-    return study.Condition("digits", "tiny-cnn", "none", RECIPE | changes)
+    return Condition("digits", "tiny-cnn", "none", RECIPE | changes)
 
 
 def make(seeds=(0,), **changes):
-    return study.run_condition(condition(**changes), seeds, "tiny", progress=False).status.tolist()
+    return run_condition(condition(**changes), seeds, "tiny", progress=False).status.tolist()
 
 
 def test_the_same_run_twice_is_the_same(place):
     first, second = place / "a", place / "b"
     for runs in (first, second):
-        study.run_condition(condition(), [0], "tiny", runs, progress=False)
+        run_condition(condition(), [0], "tiny", runs, progress=False)
     one, two = (records.arrays("tiny", PLAIN, 0, "fresh", runs) for runs in (first, second))
     assert set(one) == set(two)
     for name in one:
