@@ -18,8 +18,9 @@ def found(ledger, runs):
     """The README's paragraph and table, as Markdown."""
     versions = ", ".join(sorted(runs["version"].unique()))
     lines = [f"{len(runs)} trainings of small nets on 8×8 digits, {runs['seed'].nunique()} seeds a condition, made by "
-             f"version {versions}. A row is a measure on a net with a regularizer; its verdict is *supported*, "
-             "*contradicted*, *none* (an effect too small to matter) or *open* (too uncertain to say).", "",
+             f"version {versions}. A row is a measure on a net, with a regularizer or without; its verdict is *supported*, "
+             "*contradicted*, *none* (neither: too small an effect, or between the claim's bounds) or *open* (too "
+             "uncertain to say).", "",
              "| claim | | " + " | ".join(["supported", "contradicted", "none", "open"]) + " |",
              "|---|---|" + "--:|" * 4]
     for row in claims.summary(ledger).itertuples():

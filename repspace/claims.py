@@ -84,7 +84,7 @@ def _above(m): return stats.region(-m, m, "above")
 def _below(m): return stats.region(-m, m, "below")
 def _within(m, center=0): return stats.region(center - m, center + m, "inside")
 
-# %% ../nbs/instruments/claims.ipynb #dacb6d39
+# %% ../nbs/instruments/claims.ipynb #ebe3c0f2
 _degree = ("At .9 the prediction lasts, on average, down to a tenth of a vector's length; at .8 a "
            "fifth of every ray lies outside its region.")
 _where = {"test": "test vectors", "sphere": "random directions",
@@ -94,7 +94,8 @@ def _cone(where, untrained=False):
     prefix, when = ("untrained_", "before training") if untrained else ("", "trained")
     zone = stats.region(0.8, 0.9, "below" if untrained else "above")
     return Measure(f"{prefix}cone_degree_{where}", f"degree of cone, {when}, {_where[where]}", "level",
-                   f"{prefix}cone_degree_{where}", zone, _degree, starts_with_bias=untrained)
+                   f"{prefix}cone_degree_{where}", zone, _degree, starts_with_bias=untrained,
+                   only=("none",) if untrained else None)
 
 cones = Claim(
     "cones", "After training, the decision regions in representation space are cones with their apex "
@@ -132,8 +133,8 @@ magnitude = Claim(
      _relative("rms_clean_bn", "RMS, clean batch statistics", only=_mixing),
      _relative("span_norm_clean_bn", "the norm in the span, clean batch statistics", only=_mixing)))
 
-# %% ../nbs/instruments/claims.ipynb #d5bffa64
-_turn = "A cosine higher by .02 is a turn of one to two degrees; less is hardly a turn at all."
+# %% ../nbs/instruments/claims.ipynb #383a18d7
+_turn = "A cosine higher by .02 is, from .3 to .8, a turn of one to two degrees; less is hardly one."
 
 def _cosine(column, label, kind="images", **kwargs):
     return Measure(column, f"change of alignment{label}", kind, column, _above(0.02), _turn, **kwargs)
@@ -146,9 +147,9 @@ alignment = Claim(
      _cosine("alignment_span_clean_bn", " in the span, clean batch statistics, all images",
              "difference", only=_mixing)))
 
-# %% ../nbs/instruments/claims.ipynb #e409eac1
-_rivals = {"mean": "class mean", "centered_mean": "centered class mean", "weight": "weight vector",
-           "centered_weight": "centered weight vector"}
+# %% ../nbs/instruments/claims.ipynb #794cae7d
+_rivals = {"centered_weight": "centered weight vector", "weight": "weight vector",
+           "centered_mean": "centered class mean", "mean": "class mean"}
 _explains = "Where the correlation is about .8, .02 more explains three points more of the variance."
 
 def _rival(kind, prefix, where):
@@ -170,7 +171,7 @@ finite_norm = Claim(
              "quotient", "train_span_norm", _within(0.1, center=1), "A tenth is what smoothing by .15 in "
              "place of .1 would change the predicted norm.", "soft_norm", only=("label-smoothing",)),))
 
-# %% ../nbs/instruments/claims.ipynb #5df5699c
+# %% ../nbs/instruments/claims.ipynb #9a844553
 accuracy = Claim(
     "accuracy", "They improve accuracy.", "the abstract", "calibration",
     (Measure("accuracy", "change of accuracy", "difference", "accuracy", _above(0.005),
@@ -182,20 +183,20 @@ calibration = Claim(
     (Measure("ece_excess", "change of the calibration error over its floor", "difference", "ece_excess",
              _below(0.005), "Half a point is below what the error of a perfectly calibrated model shows "
              "on a thousand images.", unit="points"),
-     Measure("confidence_gap", "change of overconfidence", "difference", "confidence_gap", _below(0.01),
+     Measure("confidence_gap", "less confident: change of confidence − accuracy", "difference", "confidence_gap", _below(0.01),
              "One point of mean confidence; with less, no decision made at a threshold changes much.",
              unit="points"),
      Measure("nll", "change of negative log-likelihood", "difference", "nll", _below(0.02),
              "The probability given to the true class grows by 2 %, as a geometric mean.")))
 
-# %% ../nbs/instruments/claims.ipynb #ffa03649
+# %% ../nbs/instruments/claims.ipynb #dcac8734
 scaling = Claim(
     "scaling", "Scaling the features of a trained model acts like temperature scaling.", "the reviews",
     "calibration",
     (Measure("ece_scaling", "calibration error, feature scaling − temperature", "gap",
              "ece_feature_scale", _within(0.005), "Half a point, as for calibration.",
              "ece_temperature", "points"),
-     Measure("nll_scaling", "log-likelihood, feature scaling − temperature", "gap", "nll_feature_scale",
+     Measure("nll_scaling", "negative log-likelihood, feature scaling − temperature", "gap", "nll_feature_scale",
              _within(0.01), "One per cent of the probability given to the true class.",
              "nll_temperature")))
 
@@ -328,7 +329,7 @@ def _totals(verdicts):
     counts = verdicts.value_counts().reindex(stats.verdicts).dropna().astype(int)
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
-# %% ../nbs/instruments/claims.ipynb #37865ed3
+# %% ../nbs/instruments/claims.ipynb #28fa4445
 def overall(verdicts):
     """What several verdicts (a Series) say together, in a few words."""
     applicable = verdicts[verdicts != "not applicable"]
@@ -336,7 +337,8 @@ def overall(verdicts):
     if not len(applicable): return "not applicable"
     if not decided: return "open"
     if len(decided) > 1: return "mixed"
-    return decided.pop() + (", where decided" if (applicable == "open").any() else "")
+    n = int((applicable != "open").sum())
+    return decided.pop() + (f" in {n} of {len(applicable)}, else open" if n < len(applicable) else "")
 
 def summary(ledger):
     """One row per claim in the ledger: rows, how many of each verdict, and `overall`."""

@@ -192,7 +192,7 @@ def _effect_panel(ax, rows, labels):
     unit = {"points": ", points", "%": ", %", "": ""}[first["unit"]]
     ax.set_xlabel(f"{first['kind']}{unit}\n{side}")
 
-# %% ../nbs/instruments/figures.ipynb #18091cf4
+# %% ../nbs/instruments/figures.ipynb #96834418
 @theme()
 def effects(ledger, claim_id, caption=None):
     """Forest plot of a claim's rows, by model: effect, interval, seeds, band, verdict."""
@@ -218,7 +218,8 @@ def effects(ledger, claim_id, caption=None):
     fig.supxlabel(_key(rows["verdict"]), fontsize=8)
     found = _counts(rows["verdict"])
     caption = caption or (f"{len(rows)} effects: {found}. Points are seeds, lines their intervals, "
-                          "corrected together; the band is the region that the claim names.")
+                          "corrected together; the band is between the two bounds: no effect that "
+                          "matters or, where a claim is of equality, what is claimed.")
     by_measure = "; ".join(f"{label}: {_counts(each['verdict'])}"
                            for label, each in rows.groupby("label", sort=False))
     alt = f"Forest plot of the claim {claim_id} on {', '.join(models)}. {by_measure}."
