@@ -136,11 +136,11 @@ def execute(name, source, target):
 def execute_all(books, keys, folder, jobs, log):
     """Execute what has changed; returns name → executed file and how many were executed."""
     targets = {name: folder / f"{name}.{keys[name]}.ipynb" for name in books}
-    todo = [name for name, target in targets.items() if not target.exists()]
-    with ProcessPoolExecutor(max(1, min(jobs, len(todo))), mp_context=get_context("spawn"),
+    missing = [name for name, target in targets.items() if not target.exists()]
+    with ProcessPoolExecutor(max(1, min(jobs, len(missing))), mp_context=get_context("spawn"),
                              initializer=start_worker, initargs=(log,)) as pool:
         futures = []
-        for name in todo:
+        for name in missing:
             targets[name].parent.mkdir(parents=True, exist_ok=True)
             futures.append(pool.submit(execute, name, books[name], targets[name]))
         for count, future in enumerate(as_completed(futures), 1):
@@ -148,12 +148,12 @@ def execute_all(books, keys, folder, jobs, log):
             if error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop(f"the chapter nbs/{name}.ipynb fails\n\n{error}")
-            say(f"  [{count:2}/{len(todo)}] {name:30} {duration(seconds):>10}")
-    for name in todo:  # an older state or two may be wanted again, by the tests or after a git checkout
+            say(f"  [{count:2}/{len(missing)}] {name:30} {duration(seconds):>10}")
+    for name in missing:  # an older state or two may be wanted again, by the tests or after a git checkout
         old = sorted(folder.glob(f"{name}.*.ipynb"), key=lambda p: p.stat().st_mtime)[:-3]
         for path in old:
             path.unlink()
-    return targets, len(todo)
+    return targets, len(missing)
 
 
 # ---- assembling ----
