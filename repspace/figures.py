@@ -278,8 +278,9 @@ def scorecard(ledger, measures=False, caption=None):
         "" if measures else " A number counts the measures of a claim."))
     return Figure(fig, caption, f"Grid of verdicts by claim and condition. {told}.")
 
-# %% ../nbs/instruments/figures.ipynb #b33992d8
+# %% ../nbs/instruments/figures.ipynb #e0fcbcda
 def _capital(text): return text[:1].upper() + text[1:]
+def _short(value): return f"{value:.3g}".replace("-", "−")
 
 def _by_model(told):
     """Sentences from (model, regularizer or title, text) triples, one per model."""
@@ -287,7 +288,7 @@ def _by_model(told):
     def sentence(model): return ", ".join(f"{name(t)} {text}" for of, t, text in told if of == model)
     return " ".join((f"{m}: {sentence(m)}" if m else _capital(sentence(m))) + "." for m in models)
 
-# %% ../nbs/instruments/figures.ipynb #f1b889ed
+# %% ../nbs/instruments/figures.ipynb #8919fb02
 @theme()
 def paired_lines(runs, column, label=None, caption=None):
     """A line per seed from the plain run's value of `column` to the regularized one's, by model."""
@@ -304,7 +305,7 @@ def paired_lines(runs, column, label=None, caption=None):
             ax.plot([i - 0.28] * len(pairs), pairs[:, 0], ls="", markersize=3, **style("none"))
             ax.plot([i + 0.28] * len(pairs), pairs[:, 1], ls="", markersize=4, mec="none", **look)
             before, after = pairs.mean(0) if len(pairs) else (np.nan, np.nan)
-            told.append((model, text, f"{before:.3g} → {after:.3g} (up in "
+            told.append((model, text, f"{_short(before)} → {_short(after)} (up in "
                          f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
         ax.set_xticks(range(len(others)), [_wrapped(name(text), 10) for text in others])
         ax.set(title=model, xlim=(-0.6, len(others) - 0.4))
