@@ -177,7 +177,7 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/condition.ipynb #9c3a45c7
+# %% ../nbs/instruments/condition.ipynb #06a77227
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     import torch
@@ -185,10 +185,11 @@ def _train(condition, dataset, seed, path):
     from safetensors.torch import save
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = path.with_name(f"{path.stem}.{provenance()['code']}.checkpoint")
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
-                        regularize.get(condition.regularizer), seed, device)
+                        regularize.get(condition.regularizer), seed, device, checkpoint=checkpoint)
     training = {"history": history, "seconds": time.perf_counter() - start,
-                "provenance": provenance()}
+                "provenance": provenance() | {"device": _circumstances()["device"]}}
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     content = save(state, {"training": json.dumps(training)})
     records.write_file(path, lambda to: to.write_bytes(content))
