@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Split', 'Dataset', 'as_float', 'channel_statistics', 'data_root', 'load', 'first', 'flip', 'crop',
-           'augmented', 'batches']
+           'augmented', 'batches', 'chunk_size']
 
 # %% ../nbs/instruments/data.ipynb #7faec02d
 import os
@@ -200,3 +200,10 @@ def batches(split, size, augment="none", order=None, augmentation=None):
     index = torch.arange(n) if order is None else torch.randperm(n, generator=order)
     for chosen in index.to(split.labels.device).split(size):
         yield as_float(augmented(split.images[chosen], augment, augmentation)), split.labels[chosen]
+
+# %% ../nbs/instruments/data.ipynb #5da605bd
+def chunk_size(images):
+    """How many of `images` (N, C, H, W) to put through a network at once, where they lie."""
+    if images.device.type != "cpu":
+        return 512
+    return min(512, max(16, 2 ** 17 // max(images[:1].numel(), 1)))

@@ -8,7 +8,7 @@ __all__ = ['Settings', 'settings', 'Vectors', 'vectors', 'Seen', 'look', 'predic
            'attacked', 'curve', 'displacements', 'pearson', 'robustness', 'sample_table', 'logit_arrays', 'head_arrays',
            'Measured', 'plain', 'run']
 
-# %% ../nbs/instruments/measure.ipynb #abc644c7
+# %% ../nbs/instruments/measure.ipynb #776080d2
 import math
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 
 from . import attacks, calibration, geometry, models
-from .data import as_float, batches
+from .data import as_float, batches, chunk_size
 from .train import stream
 
-# %% ../nbs/instruments/measure.ipynb #effca268
+# %% ../nbs/instruments/measure.ipynb #1b81a792
 class Settings(NamedTuple):
     """What measuring may differ in; limits in /255."""
     reference: float             # the limit at which verdicts are judged
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     directions: int              # drawn at random, for the degree of cone
     floor_draws: int             # of labels, for the floor of the calibration error
 
-_natural = Settings(0.4, (0.1, 0.2, 0.4, 1, 2, 4, 8), 20, 1 / 4, None, 1000, 2000, 200)
+_natural = Settings(0.4, (0.1, 0.2, 0.4, 1, 2, 4, 8), 20, 1 / 4, 1000, 1000, 2000, 200)
 _settings = {"digits": Settings(16, (8, 16, 24, 32, 48, 64), 7, 1 / 2, None, 200, 2000, 200),
              "cifar10": _natural, "cifar100": _natural, "folder": _natural}
 
@@ -92,13 +92,13 @@ class Seen:
     def centers(self):
         return geometry.center_kinds(self.weight, self.bias, self.radius, self.class_means)
 
-# %% ../nbs/instruments/measure.ipynb #9f8b3841
-def look(classifier, dataset, batch_size=512):
+# %% ../nbs/instruments/measure.ipynb #a7b4af1e
+def look(classifier, dataset):
     """What `classifier` makes of `dataset`, as `Seen`; the data go where the classifier is."""
     head = classifier.head
     parameters = (p.detach().cpu().numpy().astype(float) for p in (head.weight, head.bias))
     dataset = dataset.to(head.weight.device)
-    return Seen(*parameters, *(vectors(classifier, batches(split, batch_size))
+    return Seen(*parameters, *(vectors(classifier, batches(split, chunk_size(split.images)))
                                for split in (dataset.test, dataset.train)))
 
 # %% ../nbs/instruments/measure.ipynb #0459d4a4
@@ -219,16 +219,17 @@ def attack_functions(seed, settings):
     noise = partial(attacks.sign_noise, generator=generator)
     return {"noise": noise, "fgsm": attacks.fgsm, "pgd": pgd}
 
-# %% ../nbs/instruments/measure.ipynb #532860a0
+# %% ../nbs/instruments/measure.ipynb #2e950467
 class Attacked(NamedTuple):
     """Vectors at the reference limit, and breaking points in /255 (None for the control)."""
     moved: Vectors
     breaks: np.ndarray | None
 
-def attacked(classifier, split, seen, seed, settings, batch_size=512):
+def attacked(classifier, split, seen, seed, settings):
     """name → `Attacked` for the first `settings.attack_images` images of `split`, the one seen."""
     x, y = as_float(split.images[:settings.attack_images]), split.labels[:settings.attack_images]
     reference, grid = settings.reference / 255, [limit / 255 for limit in settings.grid]
+    batch_size = chunk_size(x)
 
     def wrong(logits):
         return torch.as_tensor(logits[:len(y)].argmax(1), device=y.device) != y
