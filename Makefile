@@ -7,15 +7,18 @@ RUN := $(VENV)/bin/python
 # Named after the folder: an environment that was moved or copied with it still imports from the old place.
 READY := $(VENV)/.ready-$(shell pwd | cksum | cut -d' ' -f1)
 STUDY ?= digits
+ON ?= local
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test study publish export clean
+.PHONY: help setup book test study publish bench export clean
 
 help:
 	@echo "make book                set up, run the digits studies, execute the chapters, render the site"
 	@echo "make test                set up, run all tests"
-	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it"
+	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it; ON=auto or"
+	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU"
 	@echo "make publish STUDY=digits  gather its records into results/, and bring README.md up to date"
+	@echo "make bench               time it beside what one would use instead; BENCH=--quick, BENCH=\"--only pgd\""
 	@echo "make setup               what the others begin with: .venv, with everything pinned"
 	@echo "make export              write repspace/ from the notebooks, and clean these"
 	@echo "make clean               remove the site and everything else that make wrote, but for .venv,"
@@ -43,15 +46,18 @@ test: $(READY)
 	@$(RUN) -m pytest
 
 study: $(READY)
-	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)"
+	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)" --on "$(ON)" $(if $(GPUS),--gpus "$(GPUS)")
 
 publish: $(READY)
 	@$(RUN) -m repspace.study publish "$(STUDY)"
 	@$(RUN) book/readme.py
+
+bench: $(READY)
+	@$(RUN) -m benchmarks $(BENCH)
 
 export: $(READY)
 	@$(VENV)/bin/nbdev_export
 	@$(VENV)/bin/nbdev_clean
 
 clean:
-	rm -rf _build .pytest_cache repspace/__pycache__ tests/__pycache__ book/__pycache__ repspace.egg-info
+	rm -rf _build .pytest_cache repspace/__pycache__ tests/__pycache__ book/__pycache__ benchmarks/__pycache__ repspace.egg-info

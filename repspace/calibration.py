@@ -22,15 +22,29 @@ def softmax(logits):
     """Probabilities (N, K) of `logits` (N, K), computed in float64, of the input's kind and dtype."""
     return like(_softmax(to_numpy(logits, float), axis=-1), logits)
 
-# %% ../nbs/instruments/calibration.ipynb #210834b1
-def _checked(probs, labels=None):
-    "float64 `probs` and integer `labels`, or a ValueError that says what is wrong with them."
-    p = to_numpy(probs, float)
+# %% ../nbs/instruments/calibration.ipynb #3fff4010
+_BLOCK = 2 ** 17   # numbers in a block
+
+
+def _blocks(probs):
+    "(rows, block) of `probs` (N, K), an array, with a ValueError where they are not probabilities."
+    step = max(1, _BLOCK // probs.shape[1])
+    for start in range(0, len(probs), step):
+        rows = slice(start, start + step)
+        block = probs[rows]
+        if block.dtype not in (np.float32, np.float64): block = block.astype(float)
+        if not (block.min() >= 0 and np.abs(np.einsum("ij->i", block) - 1).max() < 1e-2):
+            raise ValueError("probs must be at least 0 with rows that sum to 1; "
+                             "logits go through softmax")
+        yield rows, block
+
+
+def _probs_and_labels(probs, labels):
+    "Arrays `probs` (N, K), in their own dtype and yet to be checked, and integer `labels` (N,)."
+    p = to_numpy(probs)
     if p.ndim != 2 or not p.size:
         raise ValueError(f"probs must be (N, K) with N, K at least 1, but they are {p.shape}")
-    if not (p.min() >= 0 and np.abs(p.sum(1) - 1).max() < 1e-2):
-        raise ValueError("probs must be at least 0 with rows that sum to 1; logits go through softmax")
-    return p if labels is None else (p, _checked_labels(labels, p.shape))
+    return p, _checked_labels(labels, p.shape)
 
 
 def _checked_labels(labels, shape):
@@ -40,9 +54,30 @@ def _checked_labels(labels, shape):
         raise ValueError(f"labels must be {shape[0]} integers, but they are {y.dtype} {y.shape}")
     if y.min() < 0 or y.max() >= shape[1]:
         raise ValueError(f"labels must lie in 0..{shape[1] - 1}, but they are {y.min()}..{y.max()}")
-    return y.astype(int)
+    return y.astype(int, copy=False)
 
-# %% ../nbs/instruments/calibration.ipynb #8836f4f2
+# %% ../nbs/instruments/calibration.ipynb #4b68f010
+def _top(p, y):
+    "Largest of each row of `p` (n, K), and whether its first place is `y` (n,)."
+    index = np.arange(len(p))
+    if p.shape[1] <= 32:
+        columns = np.ascontiguousarray(p.T)
+        top = columns.max(0)
+        if np.count_nonzero(columns == top) == len(p):   # no row has its largest twice
+            return top, columns[y, index] == top
+    first = p.argmax(1)
+    return p[index, first], first == y
+
+
+def _judged(probs, labels):
+    "Confidence (N,) and whether the prediction is right (N,), 1.0 or 0.0; both float64."
+    p, y = _probs_and_labels(probs, labels)
+    confidence, hits = np.empty((2, len(p)))
+    for rows, block in _blocks(p):
+        confidence[rows], hits[rows] = _top(block, y[rows])
+    return confidence, hits
+
+# %% ../nbs/instruments/calibration.ipynb #dcb7fd01
 def bin_edges(confidence, n_bins=15, binning="width"):
     """Edges of the bins (edge, next edge] for `confidence` (N,): of equal width or equal mass."""
     if n_bins != int(n_bins) or n_bins < 1:
@@ -50,20 +85,26 @@ def bin_edges(confidence, n_bins=15, binning="width"):
     if binning == "width":
         return np.arange(n_bins + 1) / n_bins
     if binning == "mass":
-        ranks = np.ceil(np.arange(1, n_bins) * len(confidence) / n_bins).astype(int) - 1
-        inner = np.sort(confidence)[np.maximum(ranks, 0)]
+        ranks = np.maximum(np.ceil(np.arange(1, n_bins) * len(confidence) / n_bins).astype(int) - 1, 0)
+        inner = np.partition(confidence, ranks)[ranks]
         return np.unique(np.concatenate([[0.0], inner, [1.0]]))
     raise ValueError(f"binning must be 'width' or 'mass', but it is {binning!r}")
 
 
-def _bin_of(confidence, edges):
-    "The bin of each confidence; rounding may have put a float32 confidence just above 1."
-    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
+def _bins(confidence, n_bins, binning):
+    "Edges, and the bin of each confidence; rounding may have put a float32 confidence just above 1."
+    edges, last = bin_edges(confidence, n_bins, binning), n_bins - 1
+    if binning == "mass":
+        last = len(edges) - 2
+        return edges, np.clip(np.searchsorted(edges, confidence) - 1, 0, last)
+    near = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, last)   # may be one off at an edge
+    bins = near + (confidence > edges[near + 1]) - (confidence <= edges[near])
+    return edges, np.clip(bins, 0, last)
 
-# %% ../nbs/instruments/calibration.ipynb #66666b64
+# %% ../nbs/instruments/calibration.ipynb #9d60a357
 def _binned_error(confidence, correct, n_bins, binning):
-    edges = bin_edges(confidence, n_bins, binning)
-    gaps = np.bincount(_bin_of(confidence, edges), weights=correct - confidence)
+    _, bins = _bins(confidence, n_bins, binning)
+    gaps = np.bincount(bins, weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -73,60 +114,68 @@ def expected_calibration_error(probs, labels, n_bins=15, binning="width"):
     `binning` is "width" (Guo et al. 2017) or "mass" (adaptive: as many samples in each bin).
     ValueError where probs are not probabilities or labels do not fit them.
     """
-    p, y = _checked(probs, labels)
-    return _binned_error(p.max(1), (p.argmax(1) == y).astype(float), n_bins, binning)
+    return _binned_error(*_judged(probs, labels), n_bins, binning)
 
-# %% ../nbs/instruments/calibration.ipynb #8c991eec
+# %% ../nbs/instruments/calibration.ipynb #2d756047
 def classwise_calibration_error(probs, labels, n_bins=15, binning="width"):
     """Mean over k of the binned error of p_k against "label is k"; `probs` (N, K), `labels` (N,)."""
-    p, y = _checked(probs, labels)
-    per_class = zip(p.T, np.eye(p.shape[1])[y].T)
-    return float(np.mean([_binned_error(*pair, n_bins, binning) for pair in per_class]))
+    p, y = _probs_and_labels(probs, labels)
+    for _ in _blocks(p): pass   # a check before the first class
+    errors = [_binned_error(column.astype(float), y == k, n_bins, binning)
+              for k, column in enumerate(p.T)]
+    return float(np.mean(errors))
 
-# %% ../nbs/instruments/calibration.ipynb #5f50e151
+# %% ../nbs/instruments/calibration.ipynb #8e0650f9
 def brier(probs, labels):
     """Mean squared distance of `probs` (N, K) from the one-hot label, summed over classes: 0 to 2."""
-    p, y = _checked(probs, labels)
-    return float(((p - np.eye(p.shape[1])[y]) ** 2).sum(1).mean())
+    p, y = _probs_and_labels(probs, labels)
+    total = 0.0
+    for rows, block in _blocks(p):
+        off = block.astype(float)
+        off[np.arange(len(off)), y[rows]] -= 1
+        total += np.einsum("ij,ij->", off, off)
+    return float(total / len(p))
 
 
 def nll(probs, labels):
     """Mean of -log p of the label, in nats; inf where a label has probability 0."""
-    p, y = _checked(probs, labels)
+    p, y = _probs_and_labels(probs, labels)
+    own = np.empty(len(p))
+    for rows, block in _blocks(p): own[rows] = block[np.arange(len(block)), y[rows]]
     with np.errstate(divide="ignore"):
-        return float(-np.log(p[np.arange(len(y)), y]).mean())
+        return float(0 - np.log(own).mean())
 
 
 def confidence_gap(probs, labels):
     """Mean confidence minus accuracy: above 0 overconfident, below 0 underconfident."""
-    p, y = _checked(probs, labels)
-    return float(p.max(1).mean() - (p.argmax(1) == y).mean())
+    confidence, hits = _judged(probs, labels)
+    return float(confidence.mean() - hits.mean())
 
-# %% ../nbs/instruments/calibration.ipynb #ccc3a81a
+# %% ../nbs/instruments/calibration.ipynb #46c12128
 def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width"):
     """Mean ECE of `probs` (N, K) if they were true, over `n_draws` draws of labels from them.
 
     Judge the excess of `expected_calibration_error(...)` over this, rather than the error.
     """
-    confidence = np.minimum(_checked(probs).max(1), 1)
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, but it is {n_draws}")
-    bins = _bin_of(confidence, bin_edges(confidence, n_bins, binning))
-    member = (bins[:, None] == np.unique(bins)).astype(float)
+    confidence, _ = _judged(probs, np.zeros(len(probs), int))
+    confidence = np.minimum(confidence, 1)
+    _, bins = _bins(confidence, n_bins, binning)
+    expected = np.bincount(bins, weights=confidence)
     rng = np.random.default_rng(seed)
-    gaps = [(rng.random(len(bins)) < confidence) - confidence for _ in range(n_draws)]
-    return float(np.abs(np.array(gaps) @ member).sum(1).mean() / len(bins))
+    draws = [np.bincount(bins, weights=rng.random(len(bins)) < confidence) for _ in range(n_draws)]
+    return float(np.abs(np.array(draws) - expected).sum(1).mean() / len(bins))
 
-# %% ../nbs/instruments/calibration.ipynb #8a8bb709
+# %% ../nbs/instruments/calibration.ipynb #43a4f343
 def reliability(probs, labels, n_bins=15, binning="width"):
     """Table by confidence: low, high, count, confidence, accuracy, accuracy_low, accuracy_high.
 
     The last two are Wilson's 95 % interval. Empty bins keep their row, with NaN in four columns.
     """
-    p, y = _checked(probs, labels)
-    confidence, hits = p.max(1), (p.argmax(1) == y).astype(float)
-    edges = bin_edges(confidence, n_bins, binning)
-    bins, size = _bin_of(confidence, edges), len(edges) - 1
+    confidence, hits = _judged(probs, labels)
+    edges, bins = _bins(confidence, n_bins, binning)
+    size = len(edges) - 1
     n, c, k = (np.bincount(bins, weights=w, minlength=size) for w in (None, confidence, hits))
     z = 1.959963984540054
     with np.errstate(invalid="ignore"):

@@ -6,7 +6,8 @@
 __all__ = ['span_basis', 'span_projector', 'Centers', 'class_centers', 'class_means', 'center_kinds', 'smooth_targets',
            'soft_minimum', 'reachable']
 
-# %% ../nbs/instruments/centers.ipynb #659f89c5
+# %% ../nbs/instruments/centers.ipynb #9df15e42
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.optimize import nnls
 from scipy.special import logsumexp, softmax
 
 from .arrays import check_head, like, to_numpy
+from .solvers import Rows, duality_gap, interior_point, newton
 
 # %% ../nbs/instruments/centers.ipynb #5b91e654
 def span_basis(weight):
@@ -31,133 +33,35 @@ def span_projector(weight):
     basis = span_basis(weight)
     return like(basis.T @ basis, weight)
 
-# %% ../nbs/instruments/centers.ipynb #c039069c
-def _others(V, b):
-    "Which classes j count for class k (K, K), and β_j = b_j - b_k there, -inf elsewhere."
-    others = (V[:, None] != V).any(2) if len(V) <= 64 else np.array([(V != v).any(1) for v in V])
-    return others, np.where(others, b - b[:, None], -np.inf)
+# %% ../nbs/instruments/centers.ipynb #0eb3fd23
+def _by_interior_point(rows, classes, radius, nonnegative):
+    "`interior_point` in coordinates of the span, where that is smaller."
+    basis = np.eye(rows.V.shape[1]) if nonnegative else span_basis(rows.V)
+    found = interior_point(rows._replace(V=rows.V @ basis.T), classes, radius, nonnegative)
+    return found._replace(points=found.points @ basis)
 
 
-def _gap(z, V, own, beta, radius, nonnegative):
-    "Duality gap (k,) of the points z (k, n) of the classes with rows `own` (k, n)."
-    pi = softmax(z @ V.T - (z * own).sum(1, keepdims=True) + beta, axis=1)
-    gradient = pi @ V - own
-    descent = np.maximum(-gradient, 0) if nonnegative else -gradient
-    return (gradient * z).sum(1) + radius * np.linalg.norm(descent, axis=1)
-
-# %% ../nbs/instruments/centers.ipynb #bd6e0895
-class _State(NamedTuple):
-    z: np.ndarray       # (k, n)
-    pi: np.ndarray      # (k, K), 0 for dropped classes
-    nu: np.ndarray      # (k,)
-    mu: np.ndarray      # (k,)
-    omega: np.ndarray   # (k,)
-    sigma: np.ndarray   # (k, K)
-    eta: np.ndarray     # (k, n)
-    stride: np.ndarray  # (k,) length of the last step
-
-
-def _start(V, own, others, beta, radius, nonnegative):
-    "A point well inside all conditions: half the radius toward the class, all other classes alike."
-    pi = others / others.sum(1, keepdims=True)
-    z = own - pi @ V
-    if nonnegative:
-        # the second and third terms keep it off the boundary
-        z = np.maximum(z, 0) + 0.1 * np.abs(z).max(1, keepdims=True) + 1e-3
-    z *= radius / 2 / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-300)
-    s = np.where(others, z @ V.T + beta, np.nan)
-    tau = (np.nanmax(s, axis=1) - np.nanmin(s, axis=1) + radius) / len(V)
-    omega = (radius**2 - (z**2).sum(1)) / 2
-    eta = tau[:, None] / np.maximum(z, 1e-300) if nonnegative else np.zeros_like(z)
-    sigma = tau[:, None] / np.where(others, pi, 1)
-    return _State(z, pi, 0 * tau, tau / omega, omega, sigma, eta, 0 * tau)
-
-# %% ../nbs/instruments/centers.ipynb #dd7fe7e1
-def _solve(D, C, q):
-    "x (k, n, 2) with (diag(D) + CᵀC) x = q, for D (k, n), C (k, K, n)."
-    K, n = C.shape[1:]
-    if n <= K:
-        return _plus_diagonal(C.transpose(0, 2, 1) @ C, D, q)
-    U, q = C / D[:, None], q / D[..., None]
-    return q - U.transpose(0, 2, 1) @ _plus_diagonal(U @ C.transpose(0, 2, 1), 1, C @ q)
-
-
-def _plus_diagonal(A, D, q):
-    "Solve (A + diag(D)) x = q; the ridge is for the very end, where D may be lost in rounding."
-    i = np.arange(A.shape[1])
-    A[:, i, i] += D + 1e-15 * np.trace(A, axis1=1, axis2=2)[:, None]
-    return np.linalg.solve(A, q)
-
-# %% ../nbs/instruments/centers.ipynb #cf3442b2
-def _direction(x, V, own, beta, others, radius, nonnegative):
-    "Newton's direction for the state `x`, as a _State (its last entry unused)."
-    along = lambda u: u @ V.T - (u * own).sum(1, keepdims=True)                 # A u
-    across = lambda p: p @ V - own * p.sum(1, keepdims=True)                    # Aᵀ p
-    products = (x.pi * x.sigma).sum(1) + x.mu * x.omega + (x.eta * x.z).sum(1)
-    count = others.sum(1) + 1 + (V.shape[1] if nonnegative else 0)
-    tau = products / count * np.where(x.stride > 0.9, 0.1, np.where(x.stride > 0.5, 0.3, 0.8))
-    T, mu, pi = tau[:, None], x.mu[:, None], np.where(others, x.pi, 1)
-    barrier = T / x.z if nonnegative else 0
-    stiff = np.broadcast_to(mu + (x.eta / x.z if nonnegative else 0), x.z.shape)
-
-    e = np.where(others, pi / (1 + x.sigma), 0)
-    res = np.log(pi) - np.where(others, beta, 0) - along(x.z) + x.nu[:, None] - T / pi
-    res_z = mu * x.z + across(x.pi) - barrier
-    res_ball = ((x.z**2).sum(1) - radius**2) / 2 + tau / x.mu
-    total = e.sum(1)
-    h, missing = across(e), 1 - x.pi.sum(1) + (e * res).sum(1)
-    rhs = across(e * res) - res_z - h * (missing / total)[:, None]
-    C = np.sqrt(e)[..., None] * (V - (e @ V / total[:, None])[:, None])
-    y, y_mu = np.moveaxis(_solve(stiff, C, np.stack([rhs, x.z], 2)), 2, 0)
-
-    d_mu = ((x.z * y).sum(1) + res_ball) / ((x.z * y_mu).sum(1) + x.omega / x.mu)
-    d_z = y - y_mu * d_mu[:, None]
-    d_nu = ((h * d_z).sum(1) - missing) / total
-    d_pi = e * (along(d_z) - d_nu[:, None] - res)
-    d_omega = (tau - x.omega * d_mu) / x.mu - x.omega
-    d_sigma = np.where(others, (T - x.sigma * d_pi) / pi - x.sigma, 0)
-    d_eta = barrier - x.eta - x.eta / x.z * d_z if nonnegative else np.zeros_like(x.eta)
-    return _State(d_z, d_pi, d_nu, d_mu, d_omega, d_sigma, d_eta, x.stride)
-
-
-def _step(x, d, others, nonnegative):
-    "The state `x` moved along `d`, short of the boundary."
-    one = lambda v: v.reshape(len(x.mu), -1)
-    pairs = [(x.mu, d.mu), (x.omega, d.omega), (x.sigma, d.sigma)]
-    pairs += [(np.where(others, x.pi, 1), d.pi)]
-    pairs += [(x.z, d.z), (x.eta, d.eta)] if nonnegative else []
-    steepest = np.max([(-one(dv) / one(v)).max(1) for v, dv in pairs], axis=0)
-    stride = np.minimum(1, 0.99 / np.maximum(steepest, 1e-300))
-    moved = [v + dv * stride.reshape(-1, *[1] * (v.ndim - 1)) for v, dv in zip(x[:-1], d[:-1])]
-    return _State(*moved, stride)
-
-# %% ../nbs/instruments/centers.ipynb #3e4117de
-def _least(V, b, radius, nonnegative, classes, steps=60, goal=1e-12):
-    "Best points (k, n) of `classes`, their gaps (k,), and whether they are inside the ball (k,)."
-    others, beta = _others(V, b)
-    own, others, beta = V[classes], others[classes], beta[classes]
-    spread = np.array([np.linalg.norm(V - v, axis=1).max() for v in own])
-    best, gap, interior = np.zeros_like(own), np.full(len(own), np.inf), np.zeros(len(own), bool)
-    x, live = _start(V, own, others, beta, radius, nonnegative), np.arange(len(own))
-    for _ in range(steps):
-        size = np.linalg.norm(x.z, axis=1, keepdims=True)
-        outward = radius / np.maximum(size, 1e-300)
-        for inside, point in ((False, x.z * outward), (True, x.z * np.minimum(outward, 1))):
-            g = _gap(point, V, own[live], beta[live], radius, nonnegative)
-            better = (g < gap[live]) & (gap[live] > goal * radius * spread[live])
-            at = live[better]
-            best[at], gap[at] = point[better], g[better]
-            interior[at] = inside & (size[better, 0] < radius)
-        keep = gap[live] > goal * radius * spread[live]
-        live = live[keep]
-        if not len(live):
+def _least(rows, radius, nonnegative):
+    "Points of least loss (K, d), and whether they are inside the ball (K,), of every class."
+    K, d = rows.V.shape
+    points, inside, open_classes = np.zeros((K, d)), np.zeros(K, bool), np.arange(K)
+    ways = [(_by_interior_point, 2e7 / (K * min(K, d)))]
+    if K * min(K, d) > 3e4:
+        ways.insert(0, (newton, 4e6 / max(K, d)))
+        if d > K / 2 and not nonnegative:
+            ways.insert(0, (partial(newton, by_weights=True), 4e6 / K))
+    for way, size in ways:
+        left = []
+        for at in range(0, len(open_classes), max(1, int(size))):
+            block = open_classes[at:at + max(1, int(size))]
+            points[block], gap, inside[block] = way(rows, block, radius, nonnegative)
+            left.append(block[~(gap <= 1e-9 * radius * rows.reach()[block])])
+        open_classes = np.concatenate(left)
+        if not len(open_classes):
             break
-        x = _State(*(v[keep] for v in x))
-        rest = own[live], beta[live], others[live]
-        x = _step(x, _direction(x, V, *rest, radius, nonnegative), others[live], nonnegative)
-    return best, gap, interior
+    return points, inside
 
-# %% ../nbs/instruments/centers.ipynb #c80b0234
+# %% ../nbs/instruments/centers.ipynb #bc0d6213
 class Centers(NamedTuple):
     """`centers` (K, d); `certificate` (K,), relative gaps; `interior` (K,), true inside the ball."""
     centers: object
@@ -178,21 +82,19 @@ def class_centers(weight, bias, radius, nonnegative=False):
         raise ValueError("weight and bias must be finite")
     if not (0 < radius < np.inf):
         raise ValueError(f"radius must be finite and above 0, but it is {radius}")
-    spread = np.array([np.linalg.norm(W - w, axis=1).max() for w in W])
-    if not spread.all():   # if one row equals all others, all are equal
+    equal = np.unique(W, axis=0, return_inverse=True)[1].ravel()
+    if not equal.any():
         raise ValueError(f"all {len(W)} rows of weight are equal, so that no class has a center")
-    basis = np.eye(W.shape[1]) if nonnegative else span_basis(W)
-    V = (W - W.mean(0)) @ basis.T / spread.max()
-    per_block = max(1, int(2e7 / V.size))
-    blocks = np.split(np.arange(len(V)), np.arange(per_block, len(V), per_block))
-    parts = [_least(V, b, radius * spread.max(), nonnegative, block) for block in blocks]
-    z, gap, interior = (np.concatenate(part) for part in zip(*parts))
-    certificate = gap / np.maximum(radius * spread, 1)
+    rows = Rows(W - W.mean(0), b, equal)
+    reach = rows.reach()
+    rows, limit = rows._replace(V=rows.V / reach.max()), radius * reach.max()
+    z, interior = _least(rows, limit, nonnegative)
+    gap = duality_gap(rows, np.arange(len(W)), z, limit, nonnegative)
+    certificate = np.maximum(gap, 0) / np.maximum(radius * reach, 1)
     if not certificate.max() < 1e-8:
         raise RuntimeError(f"class {certificate.argmax()} has relative gap {certificate.max():.1e}, "
                            "not below 1e-8; is the radius far beyond the weights' scale?")
-    centers = z @ basis / spread.max()
-    return Centers(*(like(part, weight) for part in (centers, certificate, interior)))
+    return Centers(*(like(part, weight) for part in (z / reach.max(), certificate, interior)))
 
 # %% ../nbs/instruments/centers.ipynb #7f1ecd8c
 def class_means(features, labels, num_classes):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'PARAMETERS', 'Condition', 'run_settings', 'provenance', 'missing_seeds', 'weights_path', 'load_classifier',
-           'run_condition', 'check_parameters']
+           'why', 'note_failed', 'run_condition', 'check_parameters']
 
-# %% ../nbs/instruments/condition.ipynb #17647db1
-import ast, functools, hashlib, importlib.metadata, json, logging, re
+# %% ../nbs/instruments/condition.ipynb #24ab040e
+import ast, errno, functools, hashlib, importlib.metadata, json, logging, os, re
 import subprocess, sys, time, traceback
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -258,7 +258,21 @@ def _make(condition, seed, study, runs):
     records.write(folder, run, measured.samples, measured.logits, measured.head)
     return "made" if new else "remeasured"
 
-# %% ../nbs/instruments/condition.ipynb #26450598
+# %% ../nbs/instruments/condition.ipynb #77457bae
+def why(error, folder):
+    """Why the run of `folder` failed, in words, from its exception."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or os.strerror(errno.ENOSPC) in str(error):
+        return (f"no space is left on the disk of {Path(folder).parent} ({error}): free some and run "
+                "the study again, it goes on from here")
+    return f"{type(error).__name__}: {error}"
+
+def note_failed(folder, reason, **details):
+    """`records.mark_failed`, or a warning where the disk does not take the mark."""
+    try: records.mark_failed(folder, reason, **details)
+    except OSError as error: log.warning("that %s failed cannot be noted: %s", folder, error)
+
+# %% ../nbs/instruments/condition.ipynb #8f750bee
 def _attempt(condition, seed, study, runs):
     folder = records.run_folder(study, condition.slug, seed, runs)
     records.clear_failed(folder)
@@ -266,8 +280,8 @@ def _attempt(condition, seed, study, runs):
     try:
         status, reason = _make(condition, seed, study, runs), None
     except Exception as error:
-        status, reason = "failed", f"{type(error).__name__}: {error}"
-        records.mark_failed(folder, reason, traceback=traceback.format_exc())
+        status, reason = "failed", why(error, folder)
+        note_failed(folder, reason, traceback=traceback.format_exc())
         log.warning("%s seed %d failed: %s", condition.slug, seed, reason)
     seconds = round(time.perf_counter() - start, 2)
     return {"seed": seed, "status": status, "seconds": seconds, "reason": reason}

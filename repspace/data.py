@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'Split', 'Dataset', 'as_float', 'channel_statistics', 'data_root', 'load', 'first', 'flip', 'crop',
            'augmented', 'batches', 'chunk_size']
 
-# %% ../nbs/instruments/data.ipynb #7faec02d
+# %% ../nbs/instruments/data.ipynb #26031b0d
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 import torchvision
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torchvision.datasets.utils import check_integrity
 
 # %% ../nbs/instruments/data.ipynb #3e444649
 class Split(NamedTuple):
@@ -76,7 +77,7 @@ def data_root(root=None):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repspace"
     return Path(root or os.environ.get("REPSPACE_DATA") or cache).expanduser()
 
-# %% ../nbs/instruments/data.ipynb #5de2fe85
+# %% ../nbs/instruments/data.ipynb #4f2f368f
 _CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 def _cifar_split(source):
@@ -84,19 +85,28 @@ def _cifar_split(source):
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(source.targets))
 
+def _damaged(source, root):
+    """Those files of the CIFAR data set `source` below `root` that are not what they should be."""
+    listed = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    paths = {Path(root) / source.base_folder / name: md5 for name, md5 in listed}
+    return [str(path) for path, md5 in paths.items()
+            if path.exists() and not check_integrity(path, md5)]
+
 def _cifar(name, root, download):
     """Training split, test split and classes of cifar10 or cifar100."""
     try:
         train, test = (_CIFAR[name](root, part, download=download) for part in (True, False))
     except (OSError, RuntimeError) as error:
+        damaged = ", ".join(_damaged(_CIFAR[name], root))
+        what = f"damaged: {damaged}" if damaged else f"{name} is not whole in {root}"
         hint = ("the download failed; put the extracted files there, or name another folder"
                 if download else
                 "allow the download with download=True, or name the folder that has them")
-        raise ValueError(f"{name} is not in {root}, or its files are damaged ({error}): {hint} "
+        raise ValueError(f"{what} ({error}): {hint} "
                          "(argument root, or environment variable REPSPACE_DATA)") from error
     return _cifar_split(train), _cifar_split(test), tuple(train.classes)
 
-# %% ../nbs/instruments/data.ipynb #e82cd4f6
+# %% ../nbs/instruments/data.ipynb #aa7cdccb
 def _folder_split(folder):
     """The images below `folder` as a Split of bytes, and the classes' names."""
     try:
@@ -106,7 +116,10 @@ def _folder_split(folder):
                          ) from error
     images = []
     for path, _ in source.samples:
-        image = torch.from_numpy(np.array(source.loader(path))).permute(2, 0, 1)
+        try: image = torch.from_numpy(np.array(source.loader(path))).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three
+            raise ValueError(f"{path} is damaged or no image ({error}): replace it or take it away"
+                             ) from error
         if images and image.shape != images[0].shape:
             raise ValueError(f"images must be of one size: {path} is {tuple(image.shape[1:])}, "
                              f"those before it {tuple(images[0].shape[1:])}; resize them first")

@@ -6,10 +6,11 @@
 __all__ = ['rms', 'logit_scale', 'alignment', 'CenterCorrelation', 'center_correlation', 'RayInterval', 'ray_interval',
            'ConeDegree', 'cone_degree', 'first_misclassified_step', 'random_directions', 'loss_gradient', 'plane_axes',
            'plane', 'Displacement', 'displacement', 'ThreeFactors', 'three_factors_from_logits', 'three_factors',
-           'Centers', 'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets', 'soft_minimum',
-           'span_basis', 'span_projector']
+           'tied', 'Centers', 'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets',
+           'soft_minimum', 'span_basis', 'span_projector', 'CenterStability', 'NeuralCollapse', 'center_stability',
+           'neural_collapse']
 
-# %% ../nbs/instruments/geometry.ipynb #0c1bc19f
+# %% ../nbs/instruments/geometry.ipynb #17d7e728
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,11 @@ from scipy.special import softmax
 from .arrays import check_head, like, to_numpy
 from .centers import (Centers, center_kinds, class_centers, class_means, reachable,
                               smooth_targets, soft_minimum, span_basis, span_projector)
+from .collapse import CenterStability, NeuralCollapse, center_stability, neural_collapse
 
 _all_ = ["Centers", "center_kinds", "class_centers", "class_means", "reachable", "smooth_targets",
-         "soft_minimum", "span_basis", "span_projector"]
+         "soft_minimum", "span_basis", "span_projector",
+         "CenterStability", "NeuralCollapse", "center_stability", "neural_collapse"]
 
 # %% ../nbs/instruments/geometry.ipynb #c7deb4a6
 def _vectors(features):
@@ -82,10 +85,10 @@ def _labels(labels, n, num_classes):
                          f"but they are {y.dtype} {y.shape}{span}")
     return y.astype(int)
 
-# %% ../nbs/instruments/geometry.ipynb #44bb9a03
+# %% ../nbs/instruments/geometry.ipynb #f942665b
 class CenterCorrelation(NamedTuple):
-    """Mean over k of corr(cos(z, center_k), p_k), over `all` samples and those `predicted` as k."""
-    all: float
+    """Mean over k of corr(cos(z, center_k), p_k): `overall`, and among those `predicted` as k."""
+    overall: float
     predicted: float
 
 
@@ -298,3 +301,19 @@ def three_factors(weight, bias, features, moved, labels):
     norms = np.linalg.norm(Z, axis=1), np.linalg.norm(after - Z, axis=1)
     factors = three_factors_from_logits(W, b, Z @ W.T + b, after @ W.T + b, labels, *norms)
     return ThreeFactors(*(like(part, features) for part in factors))
+
+# %% ../nbs/instruments/geometry.ipynb #b8540ce6
+def tied(logits, labels):
+    """True where the label's logit and the best other differ by float32 rounding at most → (N,).
+
+    `logits` (N, K), `labels` (N,). Rounding: two units in the last place of the larger of the two.
+    """
+    s = to_numpy(logits, float)
+    if s.ndim != 2 or s.shape[1] < 2:
+        raise ValueError(f"logits must be (N, K) with K of at least 2, but they are {s.shape}")
+    y, rows = _labels(labels, len(s), s.shape[1]), np.arange(len(s))
+    own, others = s[rows, y], s.copy()
+    others[rows, y] = -np.inf
+    best = others.max(1)
+    unit = np.spacing(np.maximum(np.abs(own), np.abs(best)).astype(np.float32)).astype(float)
+    return np.abs(own - best) <= 2 * unit

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verdicts', 'Interval', 'mean_interval', 'PairedEffect', 'paired_effect', 'Region', 'region', 'verdict', 'decision_p',
-           'holm', 'Decision', 'decide', 'familywise_error', 'bootstrap_interval']
+           'holm', 'Decision', 'decide', 'familywise_error', 'bootstrap_interval', 'bootstrap_counts']
 
 # %% ../nbs/instruments/stats.ipynb #d3f45acc
 from typing import NamedTuple
@@ -181,3 +181,9 @@ def bootstrap_interval(values, statistic=np.mean, level=0.95, n_draws=1000, seed
     drawn = [statistic(*(a[rows] for a in arrays)) for rows in draw.integers(0, n, (n_draws, n))]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(*arrays)), float(low), float(high))
+
+# %% ../nbs/instruments/stats.ipynb #e65c8a18
+def bootstrap_counts(n, n_draws=1000, seed=0):
+    """How often each of `n` samples is drawn in each bootstrap sample: (n_draws, n), float32."""
+    if n < 1: raise ValueError(f"there must be at least one sample, but n is {n}")
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(np.float32)

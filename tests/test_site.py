@@ -191,6 +191,20 @@ def test_pages_fit_a_phone(site, pages, tmp_path):
 
 # ---- the parts of the machinery ----
 
+def test_chapters_depend_on_the_records_of_every_study(tmp_path, monkeypatch):
+    for name in ("constraints.txt", "repspace/a.py", "results/digits/runs.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    states = [build.state(tmp_path / "runs")]
+    for name in ("results/cifar10-cpu/logits.npz", "runs/cifar10-cpu/cifar10.resnet8.none/0/run.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("new")
+        states.append(build.state(tmp_path / "runs"))
+    assert states[0][0] != states[1][0] == states[2][0]
+    assert len({reads_runs for _, reads_runs in states}) == 3
+
+
 def test_directives_are_stripped_and_hidden_cells_dropped():
     def cell(source):
         return {"cell_type": "code", "source": source.splitlines(keepends=True)}

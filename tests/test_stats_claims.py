@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from repspace import claims, figures, records, stats
+from repspace import claims, figures, findings, records, sampling, stats
 
 BELOW = stats.region(-1, 1, "below")
 REGULARIZERS = ("none", "label-smoothing:0.1", "mixup:1.0", "cutmix:1.0")
@@ -213,5 +213,79 @@ def test_figures_are_the_same_bytes_in_another_process(ledger, tmp_path):
 
 
 def test_reading_imports_no_torch():
-    code = "import sys; import repspace.claims, repspace.figures, repspace.stats; sys.exit('torch' in sys.modules)"
+    code = ("import sys; from repspace import claims, figures, findings, sampling, stats; findings._today(); "
+            "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- other test images ----
+
+@pytest.fixture(scope="module")
+def digits():
+    return records.load("digits", "published")
+
+
+def test_bootstrap_of_a_pair_is_that_of_the_rows(digits):
+    """The interval of alignment's effect, over published images, drawn row by row and with counts as weights."""
+    rows = claims.ledger(digits).query("claim == 'alignment' and measure == 'cos_label_span' and regularizer == 'mixup:1.0'")
+    table = sampling.beside(rows, digits, n_draws=400)
+    for row in table.itertuples():
+        plain = row.condition.rsplit(".mixup", 1)[0] + ".none"
+        of = dict(list(digits.samples.groupby(["condition", "seed"])))
+        def difference(seed):
+            a, b = (of[name, seed] for name in (row.condition, plain))
+            right = ((a["label"] == a["prediction"]).to_numpy() & (b["label"] == b["prediction"]).to_numpy())
+            return (a["cos_label_span"].to_numpy() - b["cos_label_span"].to_numpy())[right]
+        per_seed = [stats.bootstrap_interval(difference(seed), n_draws=400) for seed in row.per_seed.index]
+        assert abs(np.mean([i.mean for i in per_seed]) - row.effect) < 1e-4
+        half = np.sqrt(np.sum([((i.high - i.low) / 2) ** 2 for i in per_seed])) / len(per_seed)
+        assert 0.8 < (row.images_high - row.images_low) / 2 / half < 1.25
+
+
+def test_recorded_scalars_follow_from_the_rows(digits, tmp_path):
+    """Over all test images, what `sampling.statistic` makes of a fresh record's rows is the record's own scalar."""
+    run = digits.runs.iloc[0].to_dict()
+    rows = digits.samples.query("condition == @run['condition'] and seed == @run['seed']")
+    once = np.ones((1, len(rows)), np.float32)
+    known = ("accuracy", "confidence_gap", "nll", "rms", "span_norm", "cone_degree_test", "success_pgd", "success_fgsm",
+             "toward_r_pgd", "toward_r_span_noise", "no_bias_accuracy", "no_bias_agreement", "ece_excess")
+    for column in known:
+        found = sampling.statistic(column, run, rows, once, 16)[0]
+        # 200 published images of about 1,600: the two agree as two samples do. The floor is not in the rows.
+        slack = {"toward_r_pgd": .3, "toward_r_span_noise": .3, "success_pgd": .15, "success_fgsm": .15,
+                 "span_norm": .1 * run["span_norm"], "nll": .1}.get(column, .06)
+        assert abs(found - run[column]) < slack, (column, found, run[column])
+
+
+# ---- several studies ----
+
+def test_studies_are_shown_where_there_are_records(tmp_path):
+    """No CIFAR, two seeds of it, five seeds of it; the digits are published all along."""
+    def write(seed, text):
+        effect = 1.0 if text == "none" else 0.5
+        run = dict(study="cifar10-cpu", condition=f"cifar10.resnet8.{text.replace(':', '-')}", seed=seed, data="cifar10",
+                   model="resnet8", feature_dim=None, regularizer=text, recipe={}, measures="standard",
+                   scalars={"rms": effect + seed / 1000}, settings={"reference": 0.4},
+                   provenance={"version": "0.0.9", "code": "other", "commit": "abcdef123"})
+        run["identity"] = records.identity(run)
+        samples = pd.DataFrame({"image": range(4), "label": 0, "prediction": 0, "subset": True})
+        records.write(records.run_folder("cifar10-cpu", run["condition"], seed, tmp_path), run, samples, {}, {})
+    assert [study.name for study in findings.load(runs=tmp_path)] == ["digits"]
+    for seeds, verdict in ((range(2), "open"), (range(2, 5), "supported")):
+        for seed in seeds:
+            for text in ("none", "mixup:1.0"):
+                write(seed, text)
+        studies = findings.load(runs=tmp_path)
+        assert [study.name for study in studies] == ["digits", "cifar10-cpu"]
+        ledger = findings.ledger(studies)
+        assert set(ledger.query("study == 'cifar10-cpu' and measure == 'rms'")["verdict"]) == {verdict}
+        assert f"- **cifar10-cpu: {verdict}.**" in claims.opening("magnitude", ledger).text
+        assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
+    assert "Made by version 0.0.9, commit abcdef1 (not today's code)." in studies[1].heading.text
+    alone = claims.ledger(records.load("digits"))
+    together = ledger[ledger["study"] == "digits"].reset_index(drop=True)
+    assert (alone["level"] == together["level"]).all(), "another study changes no study's verdicts"
+
+
+def test_a_study_of_the_plane_is_not_judged():
+    assert "digits-2d" in records.studies("published") and all(s.name != "digits-2d" for s in findings.load("published"))

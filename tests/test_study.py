@@ -19,7 +19,7 @@ import yaml
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from repspace import records, study
+from repspace import jobs, records, study
 from repspace.condition import Condition, run_condition
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
@@ -122,7 +122,7 @@ def test_a_killed_worker_is_replaced(place, caplog):
 
 
 def test_a_worker_that_is_killed_again_and_again_fails_its_runs(place, monkeypatch):
-    monkeypatch.setattr(study, "_call_worker", lambda job, stop: (-9, "out of memory"))
+    monkeypatch.setattr(jobs, "call", lambda job, stop, environment: (-9, "out of memory"))
     outcome = study.run(define(place))
     assert len(outcome.failed) == 4 and "exit code -9: out of memory" in outcome.summary()
 
@@ -145,10 +145,10 @@ def test_a_run_that_diverges_is_marked_and_tried_again(place, capsys):
 def test_rounds_go_through_every_condition_plain_first(place):
     definition = study.read(define(place, round=1))
     for number in range(2):
-        jobs = list(study._jobs(definition, number, place / "runs", None, True))
-        assert [(job["slug"], job["seeds"]) for job in jobs] == [(PLAIN, [number]), (MIXUP, [number])]
-    jobs = list(study._jobs(definition, 1, place / "runs", place / "book", True))
-    assert [job["seeds"] for job in jobs] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
+        todo = list(study._jobs(definition, number, place / "runs", None, True))
+        assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [number]), (MIXUP, [number])]
+    todo = list(study._jobs(definition, 1, place / "runs", place / "book", True))
+    assert [job["seeds"] for job in todo] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -240,10 +240,10 @@ def test_published_runs_count_unless_asked_for_afresh(place):
     study.publish(tiny)
     (place / "runs" / "tiny").rename(place / "away")
     assert make([0, 1]) == ["done", "done"]
-    jobs = list(study._jobs(tiny, 0, place / "runs", None, True))
-    assert [(job["slug"], job["seeds"]) for job in jobs] == [(MIXUP, [0, 1])]
-    jobs = list(study._jobs(tiny, 0, place / "runs", None, False))
-    assert [(job["slug"], job["seeds"]) for job in jobs] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
+    todo = list(study._jobs(tiny, 0, place / "runs", None, True))
+    assert [(job["slug"], job["seeds"]) for job in todo] == [(MIXUP, [0, 1])]
+    todo = list(study._jobs(tiny, 0, place / "runs", None, False))
+    assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
     assert make([0, 1], epochs=3) == ["made", "made"], "published runs of another recipe do not count"
 
 
@@ -293,5 +293,5 @@ def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
     with pytest.raises(ValueError, match="no parameters.*sedes"):
         study.execute_notebook(template, place / "x.ipynb", {"sedes": [0]})
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters.*sedes.*allowed are study"):
-        study._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
+        jobs._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
     assert not (place / "x.ipynb").exists() and (place / "x.failed.ipynb").exists()
