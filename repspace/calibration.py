@@ -77,7 +77,7 @@ def _judged(probs, labels):
         confidence[rows], hits[rows] = _top(block, y[rows])
     return confidence, hits
 
-# %% ../nbs/instruments/calibration.ipynb #dcb7fd01
+# %% ../nbs/instruments/calibration.ipynb #c1a23862
 def bin_edges(confidence, n_bins=15, binning="width"):
     """Edges of the bins (edge, next edge] for `confidence` (N,): of equal width or equal mass."""
     if n_bins != int(n_bins) or n_bins < 1:
@@ -85,7 +85,7 @@ def bin_edges(confidence, n_bins=15, binning="width"):
     if binning == "width":
         return np.arange(n_bins + 1) / n_bins
     if binning == "mass":
-        ranks = np.maximum(np.ceil(np.arange(1, n_bins) * len(confidence) / n_bins).astype(int) - 1, 0)
+        ranks = np.ceil(np.arange(1, n_bins) * len(confidence) / n_bins).astype(int) - 1
         inner = np.partition(confidence, ranks)[ranks]
         return np.unique(np.concatenate([[0.0], inner, [1.0]]))
     raise ValueError(f"binning must be 'width' or 'mass', but it is {binning!r}")
@@ -93,11 +93,11 @@ def bin_edges(confidence, n_bins=15, binning="width"):
 
 def _bins(confidence, n_bins, binning):
     "Edges, and the bin of each confidence; rounding may have put a float32 confidence just above 1."
-    edges, last = bin_edges(confidence, n_bins, binning), n_bins - 1
+    edges = bin_edges(confidence, n_bins, binning)
+    last = len(edges) - 2
     if binning == "mass":
-        last = len(edges) - 2
         return edges, np.clip(np.searchsorted(edges, confidence) - 1, 0, last)
-    near = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, last)   # may be one off at an edge
+    near = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, last)   # one off at most
     bins = near + (confidence > edges[near + 1]) - (confidence <= edges[near])
     return edges, np.clip(bins, 0, last)
 

@@ -6,10 +6,10 @@
 __all__ = ['log', 'PARAMETERS', 'Condition', 'run_settings', 'provenance', 'missing_seeds', 'weights_path', 'load_classifier',
            'why', 'note_failed', 'run_condition', 'check_parameters']
 
-# %% ../nbs/instruments/condition.ipynb #24ab040e
+# %% ../nbs/instruments/condition.ipynb #de240ab3
 import ast, errno, functools, hashlib, importlib.metadata, json, logging, os, re
 import subprocess, sys, time, traceback
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -177,17 +177,16 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/condition.ipynb #06a77227
+# %% ../nbs/instruments/condition.ipynb #17058f32
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
-    import torch
     from repspace import regularize, train
     from safetensors.torch import save
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = path.with_name(f"{path.stem}.{provenance()['code']}.checkpoint")
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
-                        regularize.get(condition.regularizer), seed, device, checkpoint=checkpoint)
+                        regularize.get(condition.regularizer), seed, train.here(),
+                        checkpoint=checkpoint)
     training = {"history": history, "seconds": time.perf_counter() - start,
                 "provenance": provenance() | {"device": _circumstances()["device"]}}
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
@@ -195,17 +194,18 @@ def _train(condition, dataset, seed, path):
     records.write_file(path, lambda to: to.write_bytes(content))
     return classifier.cpu(), training
 
-# %% ../nbs/instruments/condition.ipynb #4cc04994
-def _trained(condition, dataset, seed, runs=None):
-    """A run's classifier, what is known of its training, and whether it was trained just now."""
-    path = weights_path(condition, seed, runs)
-    if path.exists():
-        classifier = _untrained(condition, dataset, seed)
-        try:
-            return classifier.eval(), _restore(classifier, path), False
-        except Exception as error:
-            log.warning("%s cannot be used (%s): training again", path, error)
-    return *_train(condition, dataset, seed, path), True
+# %% ../nbs/instruments/condition.ipynb #51e0dcd1
+def _trained(condition, dataset, seed, path):
+    """The classifier of `path`, what is known of its training, and whether it was trained now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            classifier = _untrained(condition, dataset, seed)
+            try:
+                return classifier.eval(), _restore(classifier, path), False
+            except Exception as error:
+                log.warning("%s cannot be used (%s): training again", path, error)
+        return *_train(condition, dataset, seed, path), True
 
 # %% ../nbs/instruments/condition.ipynb #f65caeb9
 def load_classifier(condition, seed, runs=None):
@@ -219,15 +219,28 @@ def load_classifier(condition, seed, runs=None):
     _restore(classifier, path)
     return classifier.eval()
 
-# %% ../nbs/instruments/condition.ipynb #4d88f53f
-def _measure(condition, classifier, dataset, seed):
-    import torch
-    from repspace import measure, regularize
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+# %% ../nbs/instruments/condition.ipynb #3e35dd74
+def _surrogates(condition, dataset, seed, runs):
+    """{name: Classifier} of another seed, trained on the images of `dataset`."""
+    from repspace import train
+    other, found = seed - 1 if seed else 1, {}
+    device = train.here()
+    for name, regularizer in (("plain", "none"), ("same", condition.regularizer)):
+        sibling = replace(condition, regularizer=regularizer)
+        path = weights_path(sibling, other, runs)
+        if condition.data == "digits":
+            path = path.with_stem(f"{path.stem}-on-split-{seed}")
+        found[name] = _trained(sibling, dataset, other, path)[0].to(device)
+    return found
+
+# %% ../nbs/instruments/condition.ipynb #123bd62f
+def _measure(condition, classifier, dataset, seed, runs):
+    from repspace import measure, regularize, train
+    device, settings = train.here(), measure.settings(condition.data, condition.measures)
     untrained = _untrained(condition, dataset, seed).to(device)
+    surrogates = _surrogates(condition, dataset, seed, runs) if settings.thorough else None
     return measure.run(classifier.to(device), untrained, dataset.to(device),
-                       regularize.get(condition.regularizer), seed,
-                       measure.settings(condition.data, condition.measures))
+                       regularize.get(condition.regularizer), seed, settings, surrogates)
 
 def _describe(condition, seed, study):
     """What a record says before there are results."""
@@ -237,16 +250,17 @@ def _describe(condition, seed, study):
                                         "training_key": records.training_key(settings)}
             | _circumstances())
 
-# %% ../nbs/instruments/condition.ipynb #9cdb6096
+# %% ../nbs/instruments/condition.ipynb #a945cbb2
 def _make(condition, seed, study, runs):
     """Train and measure one run and write its record; "made", or "remeasured" if trained before."""
     from repspace import data
     from repspace.measure import settings
     dataset = data.load(condition.data, seed=seed)
     dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
-    classifier, training, new = _trained(condition, dataset, seed, runs)
+    path = weights_path(condition, seed, runs)
+    classifier, training, new = _trained(condition, dataset, seed, path)
     start = time.perf_counter()
-    measured = _measure(condition, classifier, dataset, seed)
+    measured = _measure(condition, classifier, dataset, seed, runs)
     seconds = {"train": training["seconds"], "measure": time.perf_counter() - start}
     run = _describe(condition, seed, study) | {
         "settings": settings(condition.data, condition.measures)._asdict(),
