@@ -12,20 +12,27 @@ from .race import race, row, torch_profile
 from .sample import images
 
 PEER = f"torchattacks {torchattacks.__version__}"
+SURVIVE = 0.5, 0.1
 
 
 @functools.cache
-def victim(count, train_images, device):
-    """A resnet8 after four epochs, `count` test images with labels, and an ε that about half of the right ones survive."""
-    dataset, name = images()
+def victim(train_images, device):
+    """A resnet8 after four epochs, and for each of `SURVIVE` an ε that such a share of the right images survives."""
+    dataset, _ = images()
     recipe = train.Recipe(epochs=4, batch_size=64, lr=0.1, augment="flip", train_images=train_images, precision="bf16")
     net = train.new_classifier("resnet8", dataset, recipe, seed=0).to(device)
     train.fit(net, dataset, recipe, regularize.get("none"), seed=0)
-    x, y = data.as_float(dataset.test.images[:count]).to(device), dataset.test.labels[:count].to(device)
+    x, y = targets(100, device)
     grid = [2 ** (n / 2) / 255 for n in range(-4, 9)]
-    breaks = attacks.breaking_point(net, x[:100], y[:100], grid, partial(attacks.pgd, steps=5))
+    breaks = attacks.breaking_point(net, x, y, grid, partial(attacks.pgd, steps=5))
     left = [(breaks[breaks > 0] > eps).double().mean() for eps in grid]
-    return net, x, y, grid[min(range(len(grid)), key=lambda i: abs(left[i] - 0.5))], name
+    return net, {share: grid[min(range(len(grid)), key=lambda i: abs(left[i] - share))] for share in SURVIVE}
+
+
+def targets(count, device):
+    """The first `count` test images and their labels."""
+    test = images()[0].test
+    return data.as_float(test.images[:count]).to(device), test.labels[:count].to(device)
 
 
 def standing(net, x, y):
@@ -49,9 +56,8 @@ def counted(net, side, passes):
     return run
 
 
-def compared(what, sides, repeats, victim, **more):
+def compared(what, sides, repeats, net, x, y, **more):
     """Rows for `sides`, functions that return which images (N,) still stand."""
-    net, x, y, eps, name = victim
     passes = {side: [0, 0] for side in sides}
     seconds, stands, memory = race({side: counted(net, run, passes[side]) for side, run in sides.items()}, repeats)
     share = {side: kept.double().mean().item() for side, kept in stands.items()}
@@ -59,44 +65,46 @@ def compared(what, sides, repeats, victim, **more):
     for peer in [side for side in sides if side != "ours"]:
         agree = abs(share["ours"] - share[peer]) <= 0.01 + 1e-9
         yield row(f"{what}, {len(y)} images", seconds, peer, None, agree,
-                  f"robust accuracy {share['ours']:.1%} and {share[peer]:.1%}, clean {clean:.1%}", 2 if peer == PEER else 1, memory,
-                  partial(torch_profile, sides["ours"]), data=name, eps_255=eps * 255, device=x.device.type,
+                  f"robust accuracy {share['ours']:.1%} and {share[peer]:.1%}, clean {clean:.1%}",
+                  2 if peer == PEER else 1, memory,
+                  partial(torch_profile, sides["ours"]), data=images()[1], device=x.device.type,
                   passes={"ours": list(passes["ours"]), "theirs": list(passes[peer])}, **more)
 
 
-def pgd(device="cpu", count=400, steps=20, train_images=8000, repeats=3):
-    """Robust accuracy by PGD with a random start and steps of ε/4, the same start on both sides."""
-    net, x, y, eps, _ = found = victim(count, train_images, device)
+def pgd(device="cpu", count=300, steps=20, train_images=8000, repeats=2):
+    """Robust accuracy by PGD from a random start, with steps of ε/4."""
+    (net, radii), (x, y) = victim(train_images, device), targets(count, device)
+    for survive, eps in radii.items():
+        def ours():
+            attack = partial(attacks.pgd, steps=steps, step_size=eps / 4)
+            return attacks.breaking_point(net, x, y, [eps], attack, batch_size=count).isinf()
 
-    def ours():
-        attack = partial(attacks.pgd, steps=steps, step_size=eps / 4, generator=torch.Generator().manual_seed(0))
-        return attacks.breaking_point(net, x, y, [eps], attack, batch_size=count).isinf()
+        def theirs(x=x, y=y):
+            torch.manual_seed(0)
+            return standing(net, torchattacks.PGD(net, eps, eps / 4, steps)(x, y), y)
 
-    def theirs(x=x, y=y):
-        torch.manual_seed(0)
-        return standing(net, torchattacks.PGD(net, eps, eps / 4, steps)(x, y), y)
+        def theirs_on_the_right_ones():
+            right = standing(net, x, y)
+            return right.index_put((right,), theirs(x[right], y[right]))
 
-    def theirs_on_the_right_ones():
-        right = standing(net, x, y)
-        return right.index_put((right,), theirs(x[right], y[right]))
-
-    sides = {"ours": ours, PEER: theirs, f"{PEER}, given only what is right": theirs_on_the_right_ones}
-    yield from compared(f"robust accuracy, PGD-{steps}", sides, repeats, found, steps=steps)
+        sides = {"ours": ours, PEER: theirs, f"{PEER}, given only what is right": theirs_on_the_right_ones}
+        yield from compared(f"PGD-{steps}, about {survive:.0%} survive", sides, repeats, net, x, y, steps=steps,
+                            eps_255=eps * 255)
 
 
 def auto(device="cpu", count=200, steps=10, queries=300, train_images=8000, repeats=2):
     """APGD by cross-entropy, APGD by the targeted DLR, Square, each on what the one before it left."""
-    net, x, y, eps, _ = found = victim(count, train_images, device)
+    (net, radii), (x, y) = victim(train_images, device), targets(count, device)
+    classes = net.head.out_features
+    for survive, eps in radii.items():
+        def ours():
+            return standing(net, auto_attack(net, x, y, eps, steps, n_targets=classes - 1, n_queries=queries), y)
 
-    def ours():
-        moved = auto_attack(net, x, y, eps, steps, n_targets=net.head.out_features - 1, n_queries=queries)
-        return standing(net, moved, y)
+        def theirs():
+            stages = [torchattacks.APGD(net, eps=eps, steps=steps, loss="ce", seed=0),
+                      torchattacks.APGDT(net, eps=eps, steps=steps, n_classes=classes, seed=0),
+                      torchattacks.Square(net, eps=eps, n_queries=queries, seed=0)]
+            return standing(net, torchattacks.MultiAttack(stages)(x, y), y)
 
-    def theirs():
-        stages = [torchattacks.APGD(net, eps=eps, steps=steps, loss="ce", seed=0),
-                  torchattacks.APGDT(net, eps=eps, steps=steps, n_classes=net.head.out_features, seed=0),
-                  torchattacks.Square(net, eps=eps, n_queries=queries, seed=0)]
-        return standing(net, torchattacks.MultiAttack(stages)(x, y), y)
-
-    yield from compared("robust accuracy, auto_attack", {"ours": ours, PEER: theirs}, repeats, found, steps=steps,
-                        queries=queries)
+        yield from compared(f"auto_attack, about {survive:.0%} survive", {"ours": ours, PEER: theirs}, repeats, net, x, y,
+                            steps=steps, queries=queries, eps_255=eps * 255)

@@ -102,7 +102,7 @@ def training(model, recipe, peers, target, repeats, device="cpu", thread_counts=
                           flops_per_image=flops, flops_per_s=achieved, bf16_ceiling=ceiling, ceiling_share=achieved / ceiling)
 
 
-def on_cpu(train_images=1024, epochs=3, repeats=3, thread_counts=(None, 1)):
+def on_cpu(train_images=1024, epochs=3, repeats=2, thread_counts=(None, 1)):
     """resnet8 in bf16 and channels_last, against float32."""
     recipe = train.Recipe(epochs, 128, lr=0.1, augment="crop-flip", train_images=train_images, precision="bf16")
     peers = {f"DataLoader ({n} workers), v2, float32": (n, False) for n in (0, 2)}

@@ -17,9 +17,9 @@ from scipy.special import softmax as _softmax
 
 from .arrays import like, to_numpy
 
-# %% ../nbs/instruments/calibration.ipynb #38d18129
+# %% ../nbs/instruments/calibration.ipynb #f895ca18
 def softmax(logits):
-    """Probabilities (N, K) of `logits` (N, K), computed in float64, of the input's kind and dtype."""
+    """Probabilities (N, K) of `logits` (N, K), by way of float64, in the input's kind and dtype."""
     return like(_softmax(to_numpy(logits, float), axis=-1), logits)
 
 # %% ../nbs/instruments/calibration.ipynb #3fff4010
@@ -77,7 +77,7 @@ def _judged(probs, labels):
         confidence[rows], hits[rows] = _top(block, y[rows])
     return confidence, hits
 
-# %% ../nbs/instruments/calibration.ipynb #c1a23862
+# %% ../nbs/instruments/calibration.ipynb #6ed53eff
 def bin_edges(confidence, n_bins=15, binning="width"):
     """Edges of the bins (edge, next edge] for `confidence` (N,): of equal width or equal mass."""
     if n_bins != int(n_bins) or n_bins < 1:
@@ -92,7 +92,7 @@ def bin_edges(confidence, n_bins=15, binning="width"):
 
 
 def _bins(confidence, n_bins, binning):
-    "Edges, and the bin of each confidence; rounding may have put a float32 confidence just above 1."
+    "Edges, and the bin of each confidence; rounding may have put one of float32 just above 1."
     edges = bin_edges(confidence, n_bins, binning)
     last = len(edges) - 2
     if binning == "mass":
@@ -116,18 +116,21 @@ def expected_calibration_error(probs, labels, n_bins=15, binning="width"):
     """
     return _binned_error(*_judged(probs, labels), n_bins, binning)
 
-# %% ../nbs/instruments/calibration.ipynb #2d756047
+# %% ../nbs/instruments/calibration.ipynb #89d0a84b
 def classwise_calibration_error(probs, labels, n_bins=15, binning="width"):
-    """Mean over k of the binned error of p_k against "label is k"; `probs` (N, K), `labels` (N,)."""
+    """Mean over k of the binned error of p_k against "label is k"; `probs` (N, K), `labels` (N,).
+
+    Kull et al. 2019. In [0, 1]; bins and errors as in `expected_calibration_error`.
+    """
     p, y = _probs_and_labels(probs, labels)
     for _ in _blocks(p): pass   # a check before the first class
     errors = [_binned_error(column.astype(float), y == k, n_bins, binning)
               for k, column in enumerate(p.T)]
     return float(np.mean(errors))
 
-# %% ../nbs/instruments/calibration.ipynb #8e0650f9
+# %% ../nbs/instruments/calibration.ipynb #df2ee4d7
 def brier(probs, labels):
-    """Mean squared distance of `probs` (N, K) from the one-hot label, summed over classes: 0 to 2."""
+    """Mean squared distance of `probs` (N, K) from the one-hot label, a sum over classes: 0 to 2."""
     p, y = _probs_and_labels(probs, labels)
     total = 0.0
     for rows, block in _blocks(p):
@@ -185,7 +188,7 @@ def reliability(probs, labels, n_bins=15, binning="width"):
                      accuracy_high=np.minimum((center + half) / (n + z * z), 1))
     return pd.DataFrame(table)
 
-# %% ../nbs/instruments/calibration.ipynb #d04ffd38
+# %% ../nbs/instruments/calibration.ipynb #e55c3a93
 LOWEST, HIGHEST = 0.01, 100.0   # bounds of the factor α; a temperature is its inverse
 
 
@@ -206,7 +209,7 @@ def _best_scale(u, v, labels):
 def _checked_logits(logits, labels=None):
     s = to_numpy(logits, float)
     if s.ndim != 2 or not s.size or not np.isfinite(s).all():
-        raise ValueError(f"logits must be finite and (N, K), N, K at least 1, but they are {s.shape}")
+        raise ValueError(f"logits must be finite and (N, K), N and K above 0, but they are {s.shape}")
     return s if labels is None else (s, _checked_labels(labels, s.shape))
 
 # %% ../nbs/instruments/calibration.ipynb #b923a869
@@ -230,17 +233,17 @@ class TemperatureScaling:
             raise ValueError("no temperature yet: call fit(logits, labels) first")
         return like(_softmax(_checked_logits(logits) / self.temperature, axis=1), logits)
 
-# %% ../nbs/instruments/calibration.ipynb #d7213258
+# %% ../nbs/instruments/calibration.ipynb #c1dc8729
 class FeatureScaling:
     """softmax(W(αz) + b), with the α that minimizes NLL, between 0.01 and 100.
 
-    Logits and bias are enough. After `fit`: `scale` (α), and `at_bound`, true where the minimum lies at
-    or beyond a bound.
+    Logits and bias are enough. After `fit`: `scale` (α), and `at_bound`, true where the minimum
+    lies at or beyond a bound.
     """
     scale, at_bound = None, None
 
     def fit(self, logits, bias, labels):
-        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,), `labels` (N,); returns self."""
+        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,), `labels` (N,); gives self."""
         s, y = _checked_logits(logits, labels)
         b = self._bias(bias, s)
         self.scale, self.at_bound = _best_scale(s - b, b, y)
@@ -258,7 +261,8 @@ class FeatureScaling:
     def _bias(bias, logits):
         b = to_numpy(bias, float)
         if b.shape != logits.shape[1:]:
-            raise ValueError(f"bias must be ({logits.shape[1]},) to fit logits, but it is {b.shape}")
+            raise ValueError(f"bias must be ({logits.shape[1]},) to fit logits, "
+                             f"but it is {b.shape}")
         return b
 
 # %% ../nbs/instruments/calibration.ipynb #d98062b8

@@ -13,9 +13,9 @@ import numpy as np
 from .arrays import to_numpy
 from .centers import class_means
 
-# %% ../nbs/instruments/collapse.ipynb #6bd7b4a3
+# %% ../nbs/instruments/collapse.ipynb #fb4c63d0
 class NeuralCollapse(NamedTuple):
-    """How far from collapse; 0 in each is collapsed. `_weight`: of the head's rows, else of means."""
+    """How far from collapse, which is 0 in each. `_weight`: of the head's rows, else of means."""
     within: float               # NC1, tr(Σ_W Σ_B⁺)/K
     norm_spread: float          # NC2, standard deviation over mean of the norms
     norm_spread_weight: float
@@ -30,7 +30,7 @@ def _centered(rows, name):
     rows = rows - rows.mean(0)
     size = np.linalg.norm(rows, axis=1)
     if not size.min() > 1e-12 * np.abs(rows).max(initial=0):
-        raise ValueError(f"{name} {size.argmin()} is the mean of all: it has no angle to the others")
+        raise ValueError(f"{name} {size.argmin()} is the mean of all: it has no angle to others")
     return rows
 
 
@@ -61,7 +61,7 @@ def neural_collapse(features, labels, weight):
     means = class_means(Z, y, len(W))
     M, W = _centered(means, "mean"), _centered(W, "row of weight")
     if M.shape != W.shape:
-        raise ValueError(f"features must be (N, {W.shape[1]}) to fit weight, but they are {Z.shape}")
+        raise ValueError(f"features must be (N, {W.shape[1]}) to fit weight, not {Z.shape}")
     measures = [_within(Z, y, means)]
     spread = lambda x: x.std() / x.mean()
     measures += [spread(np.linalg.norm(rows, axis=1)) for rows in (M, W)]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp, softmax
 
-# %% ../nbs/instruments/solvers.ipynb #c476f168
+# %% ../nbs/instruments/solvers.ipynb #f9773ca5
 class Rows(NamedTuple):
     """A head as the solvers want it: rows `V` (K, n), `b` (K,), and which rows are `equal` (K,).
 
@@ -22,8 +22,9 @@ class Rows(NamedTuple):
     equal: np.ndarray
 
     def shifts(self, classes):
-        "β_j = b_j - b_k of `classes` k (k, K), and -inf where row j is row k, so that it drops out."
-        return np.where(self.equal != self.equal[classes, None], self.b - self.b[classes, None], -np.inf)
+        "β_j = b_j - b_k of `classes` k (k, K), and -inf where row j is row k: it drops out."
+        others = self.equal != self.equal[classes, None]
+        return np.where(others, self.b - self.b[classes, None], -np.inf)
 
     def reach(self):
         "The largest ‖w_j - w_k‖ from each k (K,)."
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
 
 
 def duality_gap(rows, classes, z, radius, nonnegative=False):
-    """How far f at the points `z` (k, n) of `classes` (k,) can be from the least there is → (k,)."""
+    """How far f at the points `z` (k, n) of `classes` (k,) can be from the least → (k,)."""
     own = rows.V[classes]
     pi = softmax(z @ rows.V.T - (z * own).sum(1, keepdims=True) + rows.shifts(classes), axis=1)
     gradient = pi @ rows.V - own

@@ -188,7 +188,8 @@ def test_gradients_agree_with_autograd_and_with_differences():
     rng = np.random.default_rng(1)
     Z, y = 3 * rng.normal(size=(50, 10)), rng.integers(6, size=50)
     t = torch.tensor(Z, requires_grad=True)
-    torch.nn.functional.cross_entropy(t @ torch.tensor(W.T) + torch.tensor(b), torch.tensor(y), reduction="sum").backward()
+    logits = t @ torch.tensor(W.T) + torch.tensor(b)
+    torch.nn.functional.cross_entropy(logits, torch.tensor(y), reduction="sum").backward()
     np.testing.assert_allclose(geometry.loss_gradient(W, b, Z, y), t.grad.numpy(), atol=1e-12)
     loss = lambda z: -log_softmax(W @ z + b)[y[0]]
     assert check_grad(loss, lambda z: geometry.loss_gradient(W, b, z[None], y[:1])[0], Z[0]) < 1e-5
@@ -365,7 +366,8 @@ def test_free_features_under_weight_decay_collapse():
         return value, np.concatenate([(p @ W).ravel(), (p.T @ Z).ravel(), p.sum(0)]) + 2 * decay * x
 
     start = np.random.default_rng(0).normal(size=n * d + K * d + K)
-    end = minimize(loss, start, jac=True, method="L-BFGS-B", options=dict(maxiter=5000, maxfun=9000, ftol=0, gtol=1e-10)).x
+    options = dict(maxiter=5000, maxfun=9000, ftol=0, gtol=1e-10)
+    end = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     (Z, W, _), (Z0, W0, _) = split(end), split(start)
     before, after = geometry.neural_collapse(Z0, y, W0), geometry.neural_collapse(Z, y, W)
     assert min(before) > 0.05 and max(after) < 1e-3, (before, after)

@@ -299,8 +299,8 @@ def test_a_study_by_its_name(study):
     assert list(found.index.names) == ["measure", "part"] and (found["seeds"] == 5).all()
     shares = found.loc["confidence", ["share", "share_low", "share_high"]]
     assert np.allclose(shares.loc["rescale"], 1, atol=1e-6) and np.allclose(shares.loc["realign"], 0, atol=1e-6)
-    per_seed = [interventions.confidence_effect(*(interventions.read(study, c, seed) for c in ("plain", "short")))
-                for seed in range(5)]
+    per_seed = [interventions.confidence_effect(interventions.read(study, "plain", seed),
+                                                interventions.read(study, "short", seed)) for seed in range(5)]
     interval = stats.mean_interval([table["effect"]["nll"] for table in per_seed])
     assert np.allclose(found.loc[("nll", "effect"), ["mean", "low", "high"]].astype(float), interval)
 
@@ -371,7 +371,8 @@ def test_rounded_records_tell_the_same(digits):
 
 def test_reading_needs_no_torch():
     code = ("import sys; from repspace import interventions, records; "
-            "digits = records.load('digits', 'published'); names = 'digits.tiny-cnn.none', 'digits.tiny-cnn.mixup-1.0'; "
+            "digits = records.load('digits', 'published'); "
+            "names = 'digits.tiny-cnn.none', 'digits.tiny-cnn.mixup-1.0'; "
             "interventions.explain_confidence(digits, *names); interventions.explain_success(digits, *names); "
             "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision')))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

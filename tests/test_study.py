@@ -183,6 +183,21 @@ def test_other_faults_are_refused(place):
         study.run(define(place), on="moon")
 
 
+EXPERIMENTS = Path(study.__file__).parents[1] / "nbs" / "experiments"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_are_sound_and_fair(path):
+    known = study.read(path)
+    assert known.name == path.stem and len(known.seeds) % known.round == 0
+    recipes = {}
+    for c in known.conditions:
+        recipes.setdefault((c.data, c.model, c.feature_dim), []).append((c.regularizer, c.recipe))
+    for made in recipes.values():
+        assert {name for name, _ in made} >= {"none", "label-smoothing:0.1", "mixup:1.0", "cutmix:1.0"}
+        assert all(recipe == made[0][1] for _, recipe in made), "one recipe for all regularizers"
+
+
 def condition(**changes):
     return Condition("digits", "tiny-cnn", "none", RECIPE | changes)
 

@@ -1,0 +1,292 @@
+"""FGSM, PGD, transfer, breaking points: against torchattacks and foolbox, and what must always hold."""
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from repspace import data, regularize, train
+from repspace.attacks import breaking_point, fgsm, pgd, sign_noise, transfer
+from repspace.perturb import climb, distances, frozen, logits_of
+
+with warnings.catch_warnings():  # theirs, about regular expressions and packaging
+    warnings.simplefilter("ignore")
+    foolbox = pytest.importorskip("foolbox")
+    torchattacks = pytest.importorskip("torchattacks")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A net trained on 200 digits, and the 1,597 test images with their labels."""
+    dataset = data.load("digits")
+    recipe = train.Recipe(epochs=40, batch_size=50, lr=0.1)
+    net = train.new_classifier("tiny-cnn", dataset, recipe, seed=0)
+    train.fit(net, dataset, recipe, regularize.get("none"), seed=0)
+    return net.eval(), *dataset.test
+
+
+def robust(net, images, labels):
+    return (logits_of(net, images).argmax(1) == labels).double().mean().item()
+
+
+def of_foolbox(attack, net, x, y, eps):
+    return attack(foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), x, y, epsilons=eps)[1]
+
+
+# Peers
+
+@pytest.mark.parametrize("eps", [1 / 255, 8 / 255, 64 / 255])
+def test_fgsm_is_pixel_identical_where_cross_entropy_does_not_underflow(digits, eps):
+    net, x, y = copy.deepcopy(digits[0]).double(), digits[1].double(), digits[2]
+    ours = fgsm(net, x, y, eps)
+    assert torch.equal(ours, torchattacks.FGSM(net, eps)(x, y))
+    assert torch.equal(ours, of_foolbox(foolbox.attacks.FGSM(), net, x, y, eps))
+
+
+def test_fgsm_goes_on_where_their_gradient_underflows(digits):
+    """In float32 they leave the direction on images that the net is sure of; float64 is the judge."""
+    net, x, y = digits
+    eps = 16 / 255
+    judge = fgsm(copy.deepcopy(net).double(), x.double(), y, eps).float()
+    ours, theirs = fgsm(net, x, y, eps), torchattacks.FGSM(net, eps)(x, y)
+    far = [((images - judge).abs() > 1e-5).flatten(1).sum(1) for images in (ours, theirs)]
+    sure = logits_of(net, x).softmax(1).gather(1, y[:, None])[:, 0] > 1 - 1e-6  # a few roundings
+    assert far[0].sum() <= 5, "but for pixels whose gradient is 0 up to rounding"
+    assert far[1].sum() > 500 and far[1][sure].sum() > 0.98 * far[1].sum()
+
+    loud = copy.deepcopy(net)  # the same decisions, so the same accuracy under the same attack
+    with torch.no_grad():
+        for parameter in loud.head.parameters():
+            parameter *= 1e4
+    right = logits_of(net, x).argmax(1) == y
+    assert robust(loud, torchattacks.FGSM(loud, eps)(x, y), y) > right.double().mean() - 0.02
+    assert robust(loud, of_foolbox(foolbox.attacks.FGSM(), loud, x, y, eps), y) > right.double().mean() - 0.02
+    assert abs(robust(loud, fgsm(loud, x, y, eps), y) - robust(net, ours, y)) < 0.05
+
+
+PEERS = {"linf": (lambda net, eps: torchattacks.PGD(net, eps, eps / 4, 20), foolbox.attacks.LinfPGD),
+         "l2": (lambda net, eps: torchattacks.PGDL2(net, eps, eps / 4, 20), foolbox.attacks.L2PGD)}
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("linf", 16 / 255), ("linf", 32 / 255),
+                                       ("l2", 0.25), ("l2", 0.5), ("l2", 1.0)])
+def test_pgd_agrees_with_torchattacks_and_foolbox(digits, norm, eps):
+    """Robust accuracy within 0.3 points, with starting points of their own."""
+    net, x, y = digits
+    of_torchattacks, foolbox_pgd = PEERS[norm]
+    torch.manual_seed(0)
+    theirs = [robust(net, of_torchattacks(net, eps)(x, y), y),
+              robust(net, of_foolbox(foolbox_pgd(abs_stepsize=eps / 4, steps=20), net, x, y, eps), y)]
+    ours = robust(net, pgd(net, x, y, eps, norm=norm), y)
+    assert max(abs(ours - other) for other in theirs) <= 0.003, (ours, theirs)
+
+
+def test_peers_count_images_as_robust_that_are_wrong_without_an_attack(digits):
+    """An attack may turn a wrong image right. Peers' accuracy then counts it; a breaking point of 0 does not.
+
+    The clean image lies in the ball, so an image that is wrong is not robust: the lower number is right."""
+    net, x, y = digits
+    eps, right = 32 / 255, logits_of(digits[0], digits[1]).argmax(1) == y
+    torch.manual_seed(0)
+    still = logits_of(net, torchattacks.PGD(net, eps, eps / 4, 20)(x, y)).argmax(1) == y
+    turned, lower = (still & ~right).sum().item(), (still & right).double().mean().item()
+    ours = (breaking_point(net, x, y, [eps], pgd) > eps).double().mean().item()
+    assert turned >= 3 and still.double().mean().item() > lower
+    assert abs(ours - lower) <= 0.003
+
+
+# What must always hold
+
+@pytest.fixture
+def small():
+    """A net with batch norm and dropout in float64, in training mode but for one part, and images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(128, 5))
+    net[1].running_mean.normal_(), net[1].eval()
+    net[6].bias.requires_grad_(False)
+    return net.double(), torch.rand(40, 3, 8, 8, dtype=torch.float64), torch.randint(5, (40,))
+
+
+def seeded(attack, seed=0, **options):
+    return partial(attack, generator=torch.Generator().manual_seed(seed), **options)
+
+
+ATTACKS = {"fgsm": lambda: fgsm, "fgsm margin": lambda: partial(fgsm, loss="margin"),
+           "pgd": lambda: seeded(pgd), "pgd margin": lambda: seeded(pgd, loss="margin", steps=5),
+           "pgd l2": lambda: seeded(pgd, norm="l2"), "noise": lambda: seeded(sign_noise),
+           "pgd short": lambda: seeded(pgd, until_broken=True),
+           "pgd l2 short": lambda: seeded(pgd, until_broken=True, norm="l2"),
+           "transfer": lambda: transfer(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double(), seeded(pgd))}
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request):
+    """Makes the attack, its generator new."""
+    torch.manual_seed(1)
+    make = ATTACKS[request.param]
+    one = make()
+    norm = "l2" if "l2" in request.param else "linf"
+    return (lambda: one) if request.param == "transfer" else make, norm
+
+
+def test_inside_the_ball_and_the_box(small, attack):
+    (net, x, y), (make, norm) = small, attack
+    x[:10] = x[:10].round()  # at the borders
+    for eps in (0.01, 0.1, 1):
+        moved = make()(net, x, y, eps)
+        assert moved.shape == x.shape and moved.dtype == x.dtype and not moved.requires_grad
+        assert distances(moved, x, norm).max() <= eps * (1 + 1e-9)
+        assert 0 <= moved.min() and moved.max() <= 1
+        assert distances(moved, x, norm).max() > 0.4 * eps
+
+
+def test_without_a_limit_nothing_moves(small, attack):
+    (net, x, y), (make, _) = small, attack
+    assert torch.equal(make()(net, x, y, 0), x)
+    with frozen(net):
+        clean = logits_of(net, x).argmax(1) == y
+    assert torch.equal(breaking_point(net, x, y, [1e-12], make()) > 0, clean)
+
+
+def test_the_model_is_left_as_it_was(small, attack):
+    (net, x, y), (make, _) = small, attack
+    nn.functional.cross_entropy(net(x), y).backward()
+
+    def state():
+        return ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+                [None if p.grad is None else p.grad.clone() for p in net.parameters()],
+                [v.clone() for v in net.state_dict().values()], [p.data_ptr() for p in net.parameters()])
+
+    def same(a, b):
+        return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+    before, images, labels, draws = state(), x.clone(), y.clone(), torch.get_rng_state()
+    make()(net, x, y, 0.1)
+    breaking_point(net, x, y, [0.05, 0.1], make())
+    with pytest.raises(ValueError, match="labels must lie in"):
+        breaking_point(net, x, y + 5, [0.1], make())
+    for was, now in zip(before, state()):
+        assert all(same(a, b) for a, b in zip(was, now)) and len(was) == len(now)
+    assert torch.equal(x, images) and torch.equal(y, labels)
+    assert torch.equal(torch.get_rng_state(), draws), "the global random state is not touched"
+
+
+def test_same_seed_same_result_in_batches_of_any_size_and_any_memory_format(small, attack):
+    (net, x, y), (make, _) = small, attack
+    whole = make()(net, x, y, 0.1)
+    assert torch.equal(make()(net, x, y, 0.1), whole)
+    for size in (1, 7):
+        one = make()
+        parts = [one(net, a, b, 0.1) for a, b in zip(x.split(size), y.split(size))]
+        assert torch.allclose(torch.cat(parts), whole, atol=1e-9)
+    last = torch.channels_last
+    for model in (net, copy.deepcopy(net).to(memory_format=last)):
+        for images in (x, x.contiguous(memory_format=last)):
+            assert torch.allclose(make()(model, images, y, 0.1), whole, atol=1e-9)
+
+
+def test_one_image_and_none(small, attack):
+    (net, x, y), (make, _) = small, attack
+    assert make()(net, x[:1], y[:1], 0.1).shape == (1, 3, 8, 8)
+    assert make()(net, x[:0], y[:0], 0.1).shape == (0, 3, 8, 8)
+    assert breaking_point(net, x[:0], y[:0], [0.1], make()).shape == (0,)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "torch.uint8"),
+    (dict(x=torch.full((2, 3, 8, 8), -1.0)), r"must lie in \[0, 1\]"),
+    (dict(x=torch.full((2, 3, 8, 8), torch.nan)), r"must lie in \[0, 1\]"),
+    (dict(y=torch.zeros(3, dtype=int)), r"shape \(2,\)"), (dict(y=torch.zeros(2)), "integers"),
+    (dict(y=torch.zeros(2, 5)), r"shape \(2,\)"),
+    (dict(eps=8), "8 / 255"), (dict(eps=-0.1), r"\[0, 1\]"), (dict(eps=float("nan")), r"\[0, 1\]")])
+@pytest.mark.parametrize("one", [fgsm, pgd, sign_noise])
+def test_wrong_inputs_are_refused(small, one, change, message):
+    given = dict(x=torch.rand(2, 3, 8, 8), y=torch.tensor([0, 1]), eps=0.1) | change
+    with pytest.raises(ValueError, match=message):
+        one(small[0].float(), **given)
+
+
+def test_labels_and_logits_that_do_not_fit_are_refused(small):
+    net, x, y = small
+    for one in (fgsm, pgd):
+        with pytest.raises(ValueError, match="labels must lie in 0 … 4"):
+            one(net, x, y + 5, 0.1)
+        with pytest.raises(ValueError, match="not finite"):
+            one(nn.Sequential(net, nn.Threshold(1e9, float("inf"))), x, y, 0.1)
+
+
+def test_until_broken_breaks_the_same_images(digits):
+    net, x, y = copy.deepcopy(digits[0]).double(), digits[1][:400].double(), digits[2][:400]
+    for norm, eps in (("linf", 16 / 255), ("l2", 0.4)):
+        full, short = (pgd(net, x, y, eps, norm=norm, until_broken=stop) for stop in (False, True))
+        broken = logits_of(net, full).argmax(1) != y
+        assert 0.2 < broken.double().mean() < 0.8
+        assert torch.equal(logits_of(net, short).argmax(1) != y, broken)
+
+
+class Counted(nn.Module):
+    """`net`, counting the images that go through it."""
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.images = net, 0
+
+    def forward(self, x):
+        self.images += len(x)
+        return self.net(x)
+
+
+def test_only_what_stands_is_attacked(digits):
+    net, (x, y), eps, steps = Counted(digits[0]), (v[:400] for v in digits[1:]), 32 / 255, 20
+    pgd(net, x, y, eps, steps)
+    assert net.images == (steps + 1) * len(x), "one pass for each iterate"
+    net.images = 0
+    shares = [(breaking_point(net, x, y, [eps], one) > eps).double().mean() for one in (
+        pgd, partial(pgd, until_broken=True), partial(pgd, until_broken=False))]
+    short = net.images - (steps + 3) * len(x)
+    assert shares[0] == shares[1] and abs(shares[0] - shares[2]) < 0.01
+    assert short < (steps + 3) * len(x), "two short walks cost less than one whole"
+
+
+def test_breaking_points_of_transfer(digits):
+    """A net's own images break it sooner than those made on another; both are judged on the target."""
+    net, x, y = digits[0], digits[1][:300], digits[2][:300]
+    dataset = data.load("digits")
+    recipe = train.Recipe(epochs=20, batch_size=50, lr=0.1)
+    other = train.new_classifier("tiny-cnn", dataset, recipe, seed=5)
+    train.fit(other, dataset, recipe, regularize.get("none"), seed=5)
+    grid = [16 / 255, 32 / 255, 64 / 255]
+    own, foreign = (breaking_point(net, x, y, grid, one) for one in (pgd, transfer(other)))
+    for eps in grid:
+        assert (foreign <= eps).sum() < (own <= eps).sum()
+    assert torch.equal(own == 0, foreign == 0) and (foreign < torch.inf).any()
+    moved = transfer(other)(net, x, y, grid[1])
+    assert torch.equal(moved, pgd(other, x, y, grid[1]))
+
+
+def test_gradients_do_not_depend_on_the_rest_of_the_batch(small):
+    net, x, y = small
+    with frozen(net):
+        whole = climb(net, x, y)
+        for i in (0, 17):
+            one = climb(net, x[i:i + 1], y[i:i + 1])
+            for a, b in zip(whole, one):
+                assert torch.allclose(a[i:i + 1], b, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_on_a_gpu_as_on_the_cpu(digits, memory_format):
+    net, x, y = copy.deepcopy(digits[0]).double(), digits[1][:300].double(), digits[2][:300]
+    here = breaking_point(net, x, y, [8 / 255, 16 / 255], seeded(pgd))
+    there = breaking_point(net.cuda().to(memory_format=memory_format), x.cuda(), y.cuda(),
+                           [8 / 255, 16 / 255], seeded(pgd))
+    assert there.is_cuda and (there.cpu() != here).double().mean() <= 0.01
+    for norm, eps in (("linf", 0.1), ("l2", 0.5)):
+        moved = pgd(net, x.cuda(), y.cuda(), eps, norm=norm)
+        assert moved.is_cuda and distances(moved, x.cuda(), norm).max() <= eps * (1 + 1e-9)
+    assert torch.equal(fgsm(net, x.cuda(), y.cuda(), 0), x.cuda())
