@@ -96,8 +96,7 @@ def training(model, recipe, peers, target, repeats, device="cpu", thread_counts=
             ceiling = matmul_rate(device, torch.bfloat16, n)
             for peer in peers:
                 agree = abs(losses["ours"] / losses[peer] - 1) < 0.1
-                yield row(f"training {model}, {torch.get_num_threads()} threads" if device == "cpu" else f"training {model}",
-                          seconds, peer, amount, agree, f"loss {losses['ours']:.2f} and {losses[peer]:.2f}", target, memory,
+                yield row(f"training {model}" + f", threads: {torch.get_num_threads()}" * (device == "cpu"), seconds, peer, amount, agree, f"loss {losses['ours']:.2f} and {losses[peer]:.2f}", target, memory,
                           partial(torch_profile, sides["ours"]), data=name, device=device, recipe=recipe.to_dict(),
                           flops_per_image=flops, flops_per_s=achieved, bf16_ceiling=ceiling, ceiling_share=achieved / ceiling)
 
@@ -111,8 +110,9 @@ def on_cpu(train_images=1024, epochs=3, repeats=2, thread_counts=(None, 1)):
 
 def on_gpu(train_images=25_600, epochs=2, repeats=2):
     """ResNet-18 in bf16, compiled, against float32 and autocast."""
-    recipe = train.Recipe(epochs, 512, lr=0.1, augment="crop-flip", train_images=train_images, precision="bf16", compile=True)
+    recipe = train.Recipe(epochs, 512, lr=0.1, augment="crop-flip", train_images=train_images, precision="bf16",
+                          compile=True)
     workers = min(8, os.cpu_count())
-    peers = {f"DataLoader ({workers} workers), v2, {'bf16 autocast' if low else 'float32'}": (workers, low)
-             for low in (False, True)}
+    peers = {f"DataLoader ({workers} workers), v2, {precision}": (workers, precision != "float32")
+             for precision in ("float32", "bf16 autocast")}
     yield from training("resnet18", recipe, peers, 3, repeats, "cuda", n=8192)

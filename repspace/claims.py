@@ -9,7 +9,7 @@ __all__ = ['log', 'min_seeds', 'default_min_seeds', 'ledger_columns', 'ledger', 
            'finite_norm', 'get', 'kinds', 'magnitude', 'paired_kinds', 'robustness', 'scaling', 'toward_origin',
            'values']
 
-# %% ../nbs/instruments/claims.ipynb #9cafbb5a
+# %% ../nbs/instruments/claims.ipynb #362a7aea
 import logging
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,13 +19,14 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from . import figures, records, stats
-from .statements import (CLAIMS, Claim, Measure, Pair, accuracy, alignment, calibration, centers,
-                                 columns, cones, cones_anyway, finite_norm, get, kinds, magnitude,
-                                 paired_kinds, robustness, scaling, toward_origin, values)
+from .statements import (CLAIMS, Claim, Measure, Pair, accuracy, alignment, calibration,
+                                 centers, columns, cones, cones_anyway, finite_norm, get, kinds,
+                                 magnitude, paired_kinds, robustness, scaling, toward_origin,
+                                 values)
 
-_all_ = ["CLAIMS", "Claim", "Measure", "Pair", "accuracy", "alignment", "calibration", "centers", "columns",
-         "cones", "cones_anyway", "finite_norm", "get", "kinds", "magnitude", "paired_kinds", "robustness",
-         "scaling", "toward_origin", "values"]
+_all_ = ["CLAIMS", "Claim", "Measure", "Pair", "accuracy", "alignment", "calibration", "centers",
+         "columns", "cones", "cones_anyway", "finite_norm", "get", "kinds", "magnitude",
+         "paired_kinds", "robustness", "scaling", "toward_origin", "values"]
 
 log = logging.getLogger(__name__)
 
@@ -200,13 +201,13 @@ def _of_claim(ledger, claim_id):
                          f"it has {sorted(set(ledger['claim']))}")
     return claim, rows
 
-# %% ../nbs/instruments/claims.ipynb #14bb50c3
+# %% ../nbs/instruments/claims.ipynb #2a65aef3
 def opening(claim_id, ledger):
     """A claim's sentence, where it is known from, its verdicts by study, model and regularizer."""
     claim, rows = _of_claim(ledger, claim_id)
     texts = figures.ordered(rows["regularizer"])
     lines = [f"> **Claim** (`{claim.id}`, known from {claim.known_from}). {claim.sentence}", "",
-             *(_study_line(study, of_study) for study, of_study in rows.groupby("study", sort=False)), "",
+             *(_study_line(*of_study) for of_study in rows.groupby("study", sort=False)), "",
              "| | " + " | ".join(map(figures.name, texts)) + " |", "|---" * (len(texts) + 1) + "|"]
     for (study, model), of_model in rows.groupby(["study", "model"], sort=False):
         cells = [of_model[of_model["regularizer"] == text]["verdict"] for text in texts]
@@ -215,14 +216,15 @@ def opening(claim_id, ledger):
 
 def _study_line(study, rows):
     seeds = " to ".join(str(n) for n in sorted({rows["seeds"].min(), rows["seeds"].max()}))
-    return (f"- **{study}: {overall(rows['verdict'])}.** Of {len(rows)} rows (a measure on a model with a "
-            f"regularizer; {seeds} {'seed' if seeds == '1' else 'seeds'} each): {_totals(rows['verdict'])}.")
+    seeds += " seed" if seeds == "1" else " seeds"
+    return (f"- **{study}: {overall(rows['verdict'])}.** Of {len(rows)} rows (a measure on a model "
+            f"with a regularizer; {seeds} each): {_totals(rows['verdict'])}.")
 
 def _cell(verdicts):
     if verdicts.empty: return "–"
     return verdicts.iloc[0] if verdicts.nunique() == 1 else _totals(verdicts)
 
-# %% ../nbs/instruments/claims.ipynb #132628d0
+# %% ../nbs/instruments/claims.ipynb #84405244
 def table(ledger, claim_id):
     """The rows of a claim as text, a styled DataFrame ready to display; `.data` is the DataFrame."""
     _, rows = _of_claim(ledger, claim_id)
@@ -231,7 +233,8 @@ def table(ledger, claim_id):
         def number(value): return figures.number(value, row.unit, signed)
         bounds = {"above": f"above {number(row.high_bound)}", "below": f"below {number(row.low_bound)}",
                   "inside": f"{number(row.low_bound)} to {number(row.high_bound)}"}
-        def interval(low, high): return " to ".join(number(x).removesuffix(row.unit).strip() for x in (low, high))
+        def interval(*ends):
+            return " to ".join(number(x).removesuffix(row.unit).strip() for x in ends)
         return {"study": row.study, "measure": row.label, "net": row.model,
                 "regularizer": figures.name(row.regularizer),
                 "effect": number(row.effect), "interval": interval(row.low, row.high),

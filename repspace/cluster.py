@@ -20,7 +20,7 @@ from .condition import (Condition, missing_seeds, note_failed, provenance,
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/instruments/cluster.ipynb #6e30d6ec
+# %% ../nbs/instruments/cluster.ipynb #7aa883d5
 def _ray():
     try: import ray
     except ImportError as error:
@@ -29,13 +29,13 @@ def _ray():
     return ray
 
 def check_on(on):
-    """`on` as it is: local, auto, or the address of a Ray cluster; `ValueError` for anything else."""
+    """`on` as it is: local, auto or the address of a Ray cluster; `ValueError` for others."""
     host, _, port = str(on).removeprefix("ray://").rpartition(":")
     if on in ("local", "auto") or host and "/" not in host and port.isdigit(): return on
-    raise ValueError(f"on is {on!r}; allowed is 'local', 'auto' (the Ray cluster that runs here, if "
-                     "there is one), or a Ray cluster's address, ray://HOST:PORT or HOST:PORT")
+    raise ValueError(f"on is {on!r}; allowed is 'local', 'auto' (the Ray cluster that runs here, "
+                     "if there is one), or a Ray cluster's address, ray://HOST:PORT or HOST:PORT")
 
-# %% ../nbs/instruments/cluster.ipynb #c14d2041
+# %% ../nbs/instruments/cluster.ipynb #672b5e51
 @contextlib.contextmanager
 def connected(on):
     """Ray, connected to the cluster `on`, as a context; None where it is this machine alone."""
@@ -46,15 +46,16 @@ def connected(on):
             ours = True
         except Exception as error:
             if on != "auto" or not isinstance(error, ConnectionError):
-                raise ValueError(f"no Ray cluster can be used at {on!r} ({error}): `ray status` there "
-                                 "says whether it runs, `ray start --head` starts one") from error
+                raise ValueError(f"no Ray cluster can be used at {on!r} ({error}): `ray status` "
+                                 "there says whether it runs, `ray start --head` starts one"
+                                 ) from error
             log.info("no Ray cluster runs here, so this machine does it alone")
             ray = None
     try: yield ray
     finally:
         if ours: ray.shutdown()
 
-# %% ../nbs/instruments/cluster.ipynb #c78a7989
+# %% ../nbs/instruments/cluster.ipynb #bebb4f77
 def resources(nodes, gpus=None):
     """What a task asks of a node (CPU, GPU, memory), for `nodes` as `ray.nodes()` describes them.
 
@@ -65,17 +66,17 @@ def resources(nodes, gpus=None):
     wanted = {"CPU": 1, "GPU": gpus, "memory": jobs.MEMORY}
     if any(all(node.get(k, 0) >= n for k, n in wanted.items()) for node in there): return wanted
     said = "; ".join(", ".join(f"{k} {node.get(k, 0):g}" for k in wanted) for node in there)
-    raise ValueError(f"a run needs a node with CPU 1, GPU {gpus:g}, memory {jobs.MEMORY:g}, but the "
-                     f"cluster's {len(there)} nodes have {said}: add a node, or change gpus")
+    raise ValueError(f"a run needs a node with CPU 1, GPU {gpus:g}, memory {jobs.MEMORY:g}, but "
+                     f"the cluster's {len(there)} nodes have {said}: add a node, or change gpus")
 
 def _capacity(nodes, wanted):
     """How many tasks that want so much the nodes can do at a time."""
     return sum(min(int(node["Resources"].get(k, 0) / n) for k, n in wanted.items() if n)
                for node in nodes if node["Alive"])
 
-# %% ../nbs/instruments/cluster.ipynb #acac9a18
+# %% ../nbs/instruments/cluster.ipynb #77955c91
 class Returned(NamedTuple):
-    """What comes back from a node: its name, the worker's exit code and last line, files by name."""
+    """What comes back: the node's name, the worker's exit code and last line, files by name."""
     node: str
     code: int
     said: str
@@ -94,8 +95,8 @@ def _task(job, weights, code, owner):
     """Make the run of `job` on this node; `weights`: those there are, as bytes, or None."""
     node, mine = socket.gethostname(), provenance()["code"]
     if mine != code:
-        return Returned(node, 1, f"the code of repspace there is {mine}, but {code} here: install the "
-                                 "same version", {})
+        return Returned(node, 1, f"the code of repspace there is {mine}, but {code} here: install "
+                                 "the same version", {})
     condition = Condition(**job["condition"])
     name = records.key([owner, job["study"], job["condition"], job["seeds"]])
     place = Path(tempfile.gettempdir()) / f"repspace-{getpass.getuser()}" / name
@@ -105,15 +106,16 @@ def _task(job, weights, code, owner):
     environment = {"CUDA_VISIBLE_DEVICES": ""} if job["gpus"] == 0 else {}
     code, said = jobs.call(job, threading.Event(), environment)
     files = _collect(job, condition)
+    if files.get("weights") == weights: files.pop("weights", None)
     if code >= 0: shutil.rmtree(place, ignore_errors=True)
     return Returned(node, code, said, files)
 
-# %% ../nbs/instruments/cluster.ipynb #d50cbd96
+# %% ../nbs/instruments/cluster.ipynb #5fb867e9
 def _deliver(files, condition, seed, study, runs):
     """Write the `files` of a run where a run made here would have put them."""
     folder = records.run_folder(study, condition.slug, seed, runs)
     weights = weights_path(condition, seed, runs)
-    if "weights" in files and not weights.exists():
+    if "weights" in files:
         records.write_file(weights, lambda to: to.write_bytes(files["weights"]))
     if "failed" in files: records.mark_failed(folder, **json.loads(files["failed"]))
     if "run.json" not in files: return

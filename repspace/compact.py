@@ -19,7 +19,7 @@ def trimmed(x, bits):
     code += ((1 << drop) >> 1) - 1 + ((code >> drop) & 1) if drop else 0
     return (code >> drop << drop).astype(np.uint16).view(np.float16)
 
-# %% ../nbs/instruments/compact.ipynb #bca511ac
+# %% ../nbs/instruments/compact.ipynb #d5f43a9e
 def _slim_column(x):
     finite = x[np.isfinite(x)].astype(np.float64)
     most = 0.01 * finite.std() if len(finite) else 0
@@ -30,7 +30,8 @@ def _slim_column(x):
         return x.astype(np.float32)
     step = 2.0 ** np.floor(np.log2(2 * most))
     rounded = np.round(x / step) * step
-    return rounded.astype(np.float16 if np.abs(finite).max() < 2048 * step < 2 ** 15 else np.float32)
+    half = np.abs(finite).max() < 2048 * step < 2 ** 15
+    return rounded.astype(np.float16 if half else np.float32)
 
 def slim(frame):
     """`frame` with floats of fewer digits, where that moves none by a hundredth of its spread."""
@@ -61,7 +62,7 @@ def _decode(parts, clean):
     if "rows" in parts: s[parts["rows"]] = parts["exact"]
     return s
 
-# %% ../nbs/instruments/compact.ipynb #7239573b
+# %% ../nbs/instruments/compact.ipynb #01cb96b0
 def _bad_rows(s, back, limit):
     """Indices of the rows of `back` with another prediction or probabilities than those of `s`."""
     other = s.argmax(1) != back.argmax(1)
@@ -83,10 +84,11 @@ def packed(s, clean=None, clean_back=None):
         with np.errstate(all="ignore"): bad = _bad_rows(s, _decode(parts, clean_back), limit)
         if len(bad): parts |= {"rows": bad.astype(np.int32), "exact": whole[bad]}
         if len(bad) > TOLERANCE["rows"] * len(s): continue
-        if clean is None or _moved_alike(s, _decode(parts, clean_back), clean, clean_back): return parts
+        if clean is None or _moved_alike(s, _decode(parts, clean_back), clean, clean_back):
+            return parts
     return {"exact": whole}
 
-# %% ../nbs/instruments/compact.ipynb #b340ee92
+# %% ../nbs/instruments/compact.ipynb #bc5af83f
 MOVED_ROWS, MOVED_VALUES, SMALL_HEAD = 500, 25_000, 1_000
 
 def published_logits(logits):
@@ -95,7 +97,8 @@ def published_logits(logits):
     back = None if clean is None else _decode(packed(clean), None)
     for name, a in logits.items():
         if a.dtype.kind != "f":
-            out[name] = a.astype(np.min_scalar_type(a.max(initial=0))) if a.dtype.kind in "iu" else a
+            smallest = a.dtype if a.dtype.kind == "b" else np.min_scalar_type(a.max(initial=0))
+            out[name] = a.astype(smallest)
         elif name.startswith("moved."):
             a = a[:min(MOVED_ROWS, max(1, MOVED_VALUES // a.shape[1]))]
             parts = packed(a, clean[:len(a)], back[:len(a)]) if back is not None else packed(a)
@@ -124,22 +127,24 @@ def published_head(head):
         out[name] = next(fits, a.astype(np.float32))
     return out
 
-# %% ../nbs/instruments/compact.ipynb #d79c91c0
+# %% ../nbs/instruments/compact.ipynb #f0cb455c
 def write(path, arrays):
-    """Write `arrays` (a dict) into the compressed file `path`; the same arrays make the same bytes."""
+    """Write `arrays` (a dict) into the compressed file `path`: the same bytes for the same arrays."""
     with open(path, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
 def read(path, start):
     """The arrays of `path` whose names begin with `start`, by the rest of their names."""
     with np.load(path) as file:
-        return {name.removeprefix(start): file[name] for name in file.files if name.startswith(start)}
+        names = [name for name in file.files if name.startswith(start)]
+        return {name.removeprefix(start): file[name] for name in names}
 
 def unpacked(stored):
     """Arrays as a fresh record has them, from `stored`: {name or name:part: array}."""
     parts = {}
     for name, a in stored.items():
         name, _, part = name.partition(":")
-        parts.setdefault(name, {})[part or "exact"] = a.astype(np.int64) if a.dtype.kind in "iu" else a
+        a = a.astype(np.int64) if a.dtype.kind in "iu" else a
+        parts.setdefault(name, {})[part or "exact"] = a
     clean = _decode(parts["clean"], None) if "clean" in parts else None
     return {name: _decode(of_name, clean) for name, of_name in parts.items()}

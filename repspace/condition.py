@@ -272,13 +272,13 @@ def _make(condition, seed, study, runs):
     records.write(folder, run, measured.samples, measured.logits, measured.head)
     return "made" if new else "remeasured"
 
-# %% ../nbs/instruments/condition.ipynb #77457bae
+# %% ../nbs/instruments/condition.ipynb #e8081958
 def why(error, folder):
     """Why the run of `folder` failed, in words, from its exception."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     if full or os.strerror(errno.ENOSPC) in str(error):
-        return (f"no space is left on the disk of {Path(folder).parent} ({error}): free some and run "
-                "the study again, it goes on from here")
+        return (f"no space is left on the disk of {Path(folder).parent} ({error}): free some and "
+                "run the study again, it goes on from here")
     return f"{type(error).__name__}: {error}"
 
 def note_failed(folder, reason, **details):

@@ -113,7 +113,7 @@ def effects(ledger, claim_id, caption=None):
     alt = f"Forest plot of the claim {claim_id} on {', '.join(models)}. {by_measure}."
     return Figure(fig, caption, alt)
 
-# %% ../nbs/instruments/figures.ipynb #0cd0a073
+# %% ../nbs/instruments/figures.ipynb #802724c1
 def _cell(ax, x, y, verdicts):
     """One cell: a segment per different verdict, with its mark and, if there are more, its count."""
     counts = pd.Series(list(verdicts)).value_counts().reindex(list(verdict_marks)).dropna().astype(int)
@@ -123,7 +123,8 @@ def _cell(ax, x, y, verdicts):
         edge = dict(ec=ink, lw=0.6, alpha=0.5) if fill == "none" else dict(lw=0)
         ax.add_patch(plt.Rectangle((left, y - 0.42), width, 0.84, fc=fill, **edge))
         ax.text(left + width / 2, y, verdict_marks[verdict] + (str(count) if counts.sum() > 1 else ""),
-                ha="center", va="center_baseline", fontsize={1: 8.5, 2: 8.5, 3: 6}.get(len(counts), 4.5),
+                ha="center", va="center_baseline",
+                fontsize={1: 8.5, 2: 8.5, 3: 6}.get(len(counts), 4.5),
                 fontweight="bold", color=ink if fill == "none" else "white")
 
 # %% ../nbs/instruments/figures.ipynb #3200c554
@@ -145,12 +146,13 @@ def _scorecard_axes(ax, lines, nets, order):
     above.spines[:].set_visible(False)
     return xs
 
-# %% ../nbs/instruments/figures.ipynb #3213e34a
+# %% ../nbs/instruments/figures.ipynb #97b336d8
 @theme()
 def scorecard(ledger, measures=False, caption=None):
     """Grid of verdicts by claim and condition, all studies; `measures=True`: a row per measure."""
     nets = list(dict.fromkeys(zip(ledger["study"], ledger["model"])))
-    order, claims = ordered(ledger["regularizer"]), ledger.groupby("claim", sort=False)["label"].unique()
+    order = ordered(ledger["regularizer"])
+    claims = ledger.groupby("claim", sort=False)["label"].unique()
     lines = [(claim, label) for claim in claims.index
              for label in (None, *(claims[claim] if measures else ()))]
     side_by_side = max(1, 12 // len(order))
@@ -163,13 +165,15 @@ def scorecard(ledger, measures=False, caption=None):
         for (claim, *label, study, model, text), of_cell in ledger.groupby(
                 [*keys, "study", "model", "regularizer"], sort=False):
             if (study, model) in block:
-                _cell(ax, xs[study, model, text], lines.index((claim, *(label or [None]))), of_cell["verdict"])
+                y = lines.index((claim, *(label or [None])))
+                _cell(ax, xs[study, model, text], y, of_cell["verdict"])
     fig.supxlabel(verdict_key(ledger["verdict"]), fontsize=8)
     told = "; ".join(f"{study}, {claim}: {counted(rows['verdict'])}"
                      for (study, claim), rows in ledger.groupby(["study", "claim"], sort=False))
     by_study = "; ".join(f"{study}: {len(rows)} verdicts, {counted(rows['verdict'])}"
                          for study, rows in ledger.groupby("study", sort=False))
-    caption = caption or f"{by_study}." + ("" if measures else " A number counts the measures of a claim.")
+    counts = "" if measures else " A number counts the measures of a claim."
+    caption = caption or f"{by_study}.{counts}"
     return Figure(fig, caption, f"Grid of verdicts by claim and condition. {told}.")
 
 # %% ../nbs/instruments/figures.ipynb #a60e9049

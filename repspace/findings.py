@@ -44,7 +44,7 @@ def made_by(runs, today=None):
     if trained == measured: return f"Made by {_listed(measured)}."
     return f"Trained by {_listed(trained)}; measured by {_listed(measured)}."
 
-# %% ../nbs/instruments/findings.ipynb #69c79276
+# %% ../nbs/instruments/findings.ipynb #d0ca8804
 DATA = {"digits": "8×8 digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 
 class Study(NamedTuple):
@@ -68,11 +68,12 @@ class Study(NamedTuple):
 
     @property
     def heading(self):
-        """A line above the study's figures, as `Markdown`: its name, and what made it if not this code."""
+        """A line above the study's figures, as `Markdown`: what it is, and by which other code."""
         today = all(by.endswith("(today's code)") for of in makers(self.runs) for by in of)
-        return Markdown(f"**{self.name}** ({self.words})." + ("" if today else f" {made_by(self.runs)}"))
+        code = "" if today else f" {made_by(self.runs)}"
+        return Markdown(f"**{self.name}** ({self.words}).{code}")
 
-# %% ../nbs/instruments/findings.ipynb #1f5e55f7
+# %% ../nbs/instruments/findings.ipynb #17bd0f6b
 def _judged(runs):
     if runs["feature_dim"].notna().any(): return False
     kinds = set(runs["regularizer"].str.split(":").str[0])
@@ -99,17 +100,18 @@ def load(source=None, runs=None, results=None):
 def ledger(studies):
     """The ledgers of `studies`, one below the other."""
     if not studies:
-        raise ValueError("no study has records to judge claims by; `make study STUDY=digits` makes some")
+        raise ValueError("no study has records to judge claims by; "
+                         "`make study STUDY=digits` makes some")
     return pd.concat([study.ledger for study in studies], ignore_index=True)
 
-# %% ../nbs/instruments/findings.ipynb #ee52a2b4
+# %% ../nbs/instruments/findings.ipynb #6709f227
 def _where(runs):
     def one(made):
         torch = (made.get("versions") or {}).get("torch")
-        threads = made.get("threads")
-        parts = [made.get("device") or "unknown", threads and f"{threads} {'thread' if threads == 1 else 'threads'}",
-                 torch and f"torch {torch}"]
-        return ", ".join(filter(None, parts))
+        n = made.get("threads")
+        threads = n and f"{n} {'thread' if n == 1 else 'threads'}"
+        device = made.get("device") or "unknown"
+        return ", ".join(filter(None, [device, threads, torch and f"torch {torch}"]))
     return _listed(dict.fromkeys(map(one, runs["made"])))
 
 def _hours(seconds):
@@ -117,7 +119,8 @@ def _hours(seconds):
 
 def overview(studies):
     """What was run, where, and by which code: a `Markdown` table with a row per study."""
-    lines = ["| study | what | runs | records | machine | computing | trained by | measured by |", "|---" * 8 + "|"]
+    head = ["study", "what", "runs", "records", "machine", "computing", "trained by", "measured by"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for study in studies:
         counts = study.runs["source"].value_counts()
         source = _listed(f"{n} {kind}" if len(counts) > 1 else kind for kind, n in counts.items())
@@ -130,7 +133,7 @@ def scope(studies):
     """The sentence that says what the verdicts hold for, as `Markdown`."""
     return Markdown("What was run: " + "; ".join(study.words for study in studies) + ".")
 
-# %% ../nbs/instruments/findings.ipynb #9786f205
+# %% ../nbs/instruments/findings.ipynb #718945ee
 def limits(studies):
     """At which limit of attacks each study was judged, in words."""
     return " ".join(f"{study.name}: {records.reference(study.runs):g}/255." for study in studies
@@ -141,33 +144,37 @@ def attacks(studies):
     def one(settings):
         images = settings.get("attack_images")
         of = f"the first {images:,} test images" if images else "all test images"
-        return f"PGD in {settings['steps']} steps of {settings['step_fraction']:g} of the limit, on {of}"
+        steps, part = settings["steps"], settings["step_fraction"]
+        return f"PGD in {steps} steps of {part:g} of the limit, on {of}"
     told = {study.name: list(dict.fromkeys(one(s) for s in study.runs["settings"] if "steps" in s))
             for study in studies}
     return "\n".join(f"- {name}: {_listed(words)}." for name, words in told.items() if words)
 
-# %% ../nbs/instruments/findings.ipynb #63cfe856
+# %% ../nbs/instruments/findings.ipynb #a85407db
 def strength(studies):
-    """Attack success at the reference limit under all attacks tried, as a `Markdown` table, or a line."""
-    first, rows = ["fgsm", "pgd"], []
+    """Success at the reference limit of all attacks tried, as a `Markdown` table, or a line."""
+    first, rows = ("fgsm", "pgd"), []
     found = {name.removeprefix("success_"): None for study in studies for name in study.runs
              if name.startswith("success_")}
     others = [name for name in found if name not in first]
     if not others:
-        return Markdown("**No study on these pages has tried any other attack yet**, so they do not say whether "
-                        "what FGSM and PGD fail to break is robust.")
+        return Markdown("**No study on these pages has tried any other attack yet**, so they do not "
+                        "say whether what FGSM and PGD fail to break is robust.")
     names = [*(name for name in first if name in found), *others]
     for study in studies:
         if not any(f"success_{name}" in study.runs for name in others): continue
-        for (model, text), runs in study.runs.groupby(["model", "regularizer"]):
-            cells = [_share(runs, f"success_{name}") for name in names]
-            flags = runs["masking_flags"].dropna() if "masking_flags" in runs else []
-            cells.append(f"{flags.astype(float).mean():.1f}" if len(flags) else "–")
-            rows.append(((study.name, model, figures.ordered(study.runs["regularizer"]).index(text)),
-                         [study.name, model, figures.name(text), *cells]))
-    head = ["study", "net", "regularizer", *(name.replace("_", " ") for name in names), "signs of masking"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return Markdown("\n".join(lines + ["| " + " | ".join(cells) + " |" for _, cells in sorted(rows)]))
+        nets = dict(list(study.runs.groupby(["model", "regularizer"])))
+        for model in study.models:
+            for text in figures.ordered(text for of, text in nets if of == model):
+                runs = nets[model, text]
+                flags = runs["masking_flags"].dropna() if "masking_flags" in runs else []
+                rows.append([study.name, model, figures.name(text),
+                             *(_share(runs, f"success_{name}") for name in names),
+                             f"{flags.astype(float).mean():.1f}" if len(flags) else "–"])
+    attacks = [name.replace("_", " ") for name in names]
+    rows = [["study", "net", "regularizer", *attacks, "signs of masking"], ["---"] * (len(names) + 4),
+            *rows]
+    return Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows))
 
 def _share(runs, column):
     values = runs[column].dropna().astype(float) if column in runs else []
@@ -188,10 +195,11 @@ def effects(studies, claim_id):
     """Display the forest plot of a claim for each study that has verdicts on it."""
     each(about(studies, claim_id), lambda study: figures.effects(study.ledger, claim_id))
 
-# %% ../nbs/instruments/findings.ipynb #5da3bbfe
+# %% ../nbs/instruments/findings.ipynb #b553f5dc
 def sampled(studies):
     """`studies` with ledgers that know how far other test images would have moved each effect."""
-    return [study._replace(ledger=sampling.beside(study.ledger, study.recorded)) for study in studies]
+    return [study._replace(ledger=sampling.beside(study.ledger, study.recorded))
+            for study in studies]
 
 def table(studies, claim_id):
     """Display the rows of a claim, of all studies, and what `sampling.compared` says of them."""

@@ -242,7 +242,7 @@ def do(jobs, places, tick):
             stop.set()
     return {what: why for future in futures for what, why in future.result().items()}
 
-# %% ../nbs/instruments/jobs.ipynb #0195703f
+# %% ../nbs/instruments/jobs.ipynb #448e4f21
 class Progress:
     """How far the runs whose records go to `folders` have come, of `total` runs."""
 
@@ -260,10 +260,12 @@ class Progress:
     def text(self, running):
         """Where the study stands, with `running` runs in work, in a line."""
         made, failed = self.count()
-        rest, elapsed = len(self.folders) - made - failed, time.monotonic() - self.start
-        left = tqdm.format_interval(elapsed / (made + failed) * rest) if made + failed else "unknown"
+        ended, elapsed = made + failed, time.monotonic() - self.start
+        rest = len(self.folders) - ended
+        left = tqdm.format_interval(elapsed / ended * rest) if ended else "unknown"
         return (f"{self.name}: {self.before + made} of {self.total} runs done ({self.before} were "
-                f"there, {made} made), {min(running, rest)} running, {failed} failed, time left: {left}")
+                f"there, {made} made), {min(running, rest)} running, {failed} failed, "
+                f"time left: {left}")
 
     def show(self, running=0):
         """Bring the bar up to date, or write the line every 15 seconds."""

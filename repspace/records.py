@@ -288,7 +288,7 @@ def _samples_published(root):
     halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
     return samples.astype({name: np.float32 for name in halves} | {"condition": str})
 
-# %% ../nbs/instruments/records.ipynb #38c7ce27
+# %% ../nbs/instruments/records.ipynb #c992500a
 def _gather(study, runs, results, only):
     """(run, rows of the subset, logits and head as they are published) of each run."""
     fresh, published = _fresh(study, runs), _published(study, results)
@@ -299,9 +299,11 @@ def _gather(study, runs, results, only):
         run, samples = _read_fresh(fresh[name]) if name in fresh else (None, None)
         if run and wanted(run):
             mask = samples["subset"].to_numpy(bool)
-            logits, head = (_named(fresh[name] / f"{n}.safetensors", load_file) for n in ("logits", "head"))
+            logits, head = (_named(fresh[name] / f"{part}.safetensors", load_file)
+                            for part in ("logits", "head"))
             logits = compact.published_logits({k: a[mask[:len(a)]] for k, a in logits.items()})
-            yield run | {"test_images": len(mask)}, samples[mask], logits, compact.published_head(head)
+            run = run | {"test_images": len(mask)}
+            yield run, samples[mask], logits, compact.published_head(head)
         elif name in published and wanted(published[name]):
             logits, head = _stored(root, *name)
             if not (root / "logits.npz").exists():

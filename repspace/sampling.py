@@ -11,7 +11,7 @@ import pandas as pd
 
 from . import claims, records, stats
 
-# %% ../nbs/instruments/sampling.ipynb #5e6e046e
+# %% ../nbs/instruments/sampling.ipynb #ec6bb510
 def _mean(x, counts): return counts @ np.asarray(x, np.float32) / counts.sum(1)
 
 def _right(rows): return (rows["label"] == rows["prediction"]).to_numpy()
@@ -20,7 +20,8 @@ _means = {
     "accuracy": _right, "confidence_gap": lambda rows: rows["confidence"] - _right(rows),
     "nll": lambda rows: -np.log(np.maximum(rows["label_probability"], 1e-12)),
     "rms": lambda rows: rows["norm"], "span_norm": lambda rows: rows["span_norm"],
-    "logit_scale": lambda rows: rows["span_norm"], "cone_degree_test": lambda rows: 1 - rows["apex_gap"]}
+    "logit_scale": lambda rows: rows["span_norm"],
+    "cone_degree_test": lambda rows: 1 - rows["apex_gap"]}
 _proportional = ("rms", "logit_scale")
 
 # %% ../nbs/instruments/sampling.ipynb #fb3f7f88
@@ -43,7 +44,7 @@ def _correlation(a, b, counts):
     variances = (mean(a * a) - mean(a) ** 2) * (mean(b * b) - mean(b) ** 2)
     return covariance / np.sqrt(np.where(variances > 0, variances, np.nan))
 
-# %% ../nbs/instruments/sampling.ipynb #a7882734
+# %% ../nbs/instruments/sampling.ipynb #1b48923c
 def _unbiased(run, rows):
     arrays = records.arrays(run["study"], run["condition"], run["seed"], run["source"])
     logits = arrays["clean"][rows["image"].to_numpy()] - arrays["head.bias"]
@@ -55,8 +56,8 @@ def statistic(column, run, rows, counts, reference=None):
     `run`: its row of `runs`; `rows` (n): its samples; None where rows do not tell.
     """
     if column in _means:
-        values = _mean(_means[column](rows), counts)
-        return values * run[column] / np.mean(_means[column](rows)) if column in _proportional else values
+        x = _means[column](rows)
+        return _mean(x, counts) * (run[column] / np.mean(x) if column in _proportional else 1)
     if column == "ece_excess": return _ece(rows, counts)
     if column in ("no_bias_accuracy", "no_bias_agreement"):
         against = rows["label" if column.endswith("accuracy") else "prediction"].to_numpy()
@@ -69,7 +70,7 @@ def statistic(column, run, rows, counts, reference=None):
         return _correlation(rows[f"cos_label{span}"], rows[f"toward{span}_{attack}"], counts)
     return None
 
-# %% ../nbs/instruments/sampling.ipynb #2a04b45b
+# %% ../nbs/instruments/sampling.ipynb #ebacf0bd
 def _attacked(run):
     limit = (run["settings"] or {}).get("attack_images")
     return min(filter(None, (run["test_images"], limit)))
@@ -80,7 +81,8 @@ class _Drawn:
     def __init__(self, recorded, n_draws, seed):
         samples = recorded.samples[recorded.samples["subset"]]
         self.rows = dict(list(samples.groupby(["condition", "seed"])))
-        self.runs = {(run["condition"], run["seed"]): run for run in recorded.runs.to_dict("records")}
+        runs = recorded.runs.to_dict("records")
+        self.runs = {(run["condition"], run["seed"]): run for run in runs}
         self.same = (samples.groupby("image")["label"].nunique() == 1).all()
         self.reference, self.n_draws, self.seed = records.reference(recorded.runs), n_draws, seed
         self.kept, self.drawn = {}, {}
@@ -93,7 +95,7 @@ class _Drawn:
         return self.kept[key]
 
     def scalar(self, column, condition, seed):
-        """(n_draws,) values of a run's scalar, around the recorded one; None where rows do not tell."""
+        """(n_draws,) values of a run's scalar, around the recorded one, or None."""
         key = column, condition, seed
         if key not in self.drawn: self.drawn[key] = self._scalar(*key)
         return self.drawn[key]
@@ -118,7 +120,7 @@ class _Drawn:
         difference = np.nan_to_num((pair[0][column] - pair[1][column]).to_numpy(np.float32)) * both
         return counts @ difference / np.maximum(counts @ both, 1)
 
-# %% ../nbs/instruments/sampling.ipynb #7f884cae
+# %% ../nbs/instruments/sampling.ipynb #668a6892
 def _effect(measure, row, plain, drawn):
     """(n_draws,) values of the effect of a ledger's row, or None where the rows do not tell."""
     def over_seeds(combine):
@@ -128,7 +130,8 @@ def _effect(measure, row, plain, drawn):
     def joined(a, b, how): return None if a is None or b is None else how(a, b)
     own = lambda seed: of(measure.column, row.condition, seed)
     to_plain = lambda how: lambda seed: joined(own(seed), of(measure.column, plain, seed), how)
-    to_other = lambda how: lambda seed: joined(own(seed), of(measure.other, row.condition, seed), how)
+    other = lambda seed: of(measure.other, row.condition, seed)
+    to_other = lambda how: lambda seed: joined(own(seed), other(seed), how)
     ways = {"level": own, "difference": to_plain(np.subtract), "gap": to_other(np.subtract),
             "change": to_plain(lambda a, b: a / b - 1), "quotient": to_other(np.divide),
             "images": lambda seed: drawn.on_same_images(measure.column, row.condition, plain, seed)}
@@ -142,8 +145,8 @@ def beside(ledger, recorded, level=0.95, n_draws=1000, seed=0):
     """
     drawn, ends = _Drawn(recorded, n_draws, seed), []
     measures = {(c.id, m.name): m for c in claims.CLAIMS for m in c.measures}
-    plains = {(r.model, r.feature_dim): r.condition for r in recorded.runs.itertuples() if r.regularizer == "none"}
-    plains = {tuple(map(str, net)): condition for net, condition in plains.items()}
+    plains = {(str(run.model), str(run.feature_dim)): run.condition
+              for run in recorded.runs.itertuples() if run.regularizer == "none"}
     for row in ledger.itertuples():
         plain = plains.get((str(row.model), str(row.feature_dim)))
         values = _effect(measures[row.claim, row.measure], row, plain, drawn)
@@ -151,24 +154,29 @@ def beside(ledger, recorded, level=0.95, n_draws=1000, seed=0):
                     np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
     return ledger.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
 
-# %% ../nbs/instruments/sampling.ipynb #39ab366c
+# %% ../nbs/instruments/sampling.ipynb #1558d42e
 def widths(ledger):
     """Half-widths at 95 % per row of a ledger from `beside`: a DataFrame, `seeds` and `images`."""
     found = ledger[ledger["images_low"].notna() & (ledger["seeds"] > 1)]
     over_seeds = [stats.mean_interval(values) for values in found["per_seed"]]
+    over_images = (found["images_high"] - found["images_low"]).to_numpy() / 2
     return pd.DataFrame({"seeds": [(i.high - i.low) / 2 for i in over_seeds],
-                         "images": (found["images_high"] - found["images_low"]).to_numpy() / 2}, index=found.index)
+                         "images": over_images}, index=found.index)
 
 def compared(ledger):
     """A sentence: in how many rows the test images are the larger source of doubt."""
     both = widths(ledger)
-    if both.empty: return "The published rows do not tell how far other test images would have moved this."
-    larger = both.index[both["images"] > both["seeds"]]
-    crossing = [row for row in ledger.loc[both.index].itertuples() if row.verdict not in ("open", "not applicable")
-                and stats.verdict(row.images_low, row.images_high, _region(row)) != row.verdict]
-    return (f"Of {len(ledger)} rows the published images tell for {len(both)} how far the effect would have moved "
-            f"with others: by less than between seeds in {len(both) - len(larger)}, by more in {len(larger)}. "
-            f"Of the decided ones, {len(crossing)} {'has' if len(crossing) == 1 else 'have'} an interval over images "
-            "that reaches beyond the verdict's side of the bounds.")
+    if both.empty:
+        return "The published rows do not tell how far other test images would have moved this."
+    more = int((both["images"] > both["seeds"]).sum())
+    decided = ledger.loc[both.index]
+    decided = decided[~decided["verdict"].isin(["open", "not applicable"])]
+    crossing = sum(stats.verdict(row.images_low, row.images_high, _region(row)) != row.verdict
+                   for row in decided.itertuples())
+    return (f"Of {len(ledger)} rows the published images tell for {len(both)} how far the effect would "
+            f"have moved with others: by less than between seeds in {len(both) - more}, by more in "
+            f"{more}. Of the {len(decided)} decided ones, {crossing} "
+            f"{'has' if crossing == 1 else 'have'} an interval over images that reaches beyond the "
+            "verdict's side of the bounds.")
 
 def _region(row): return stats.region(row.low_bound, row.high_bound, row.claimed)

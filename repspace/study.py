@@ -162,9 +162,9 @@ def _outcome(study, missing, reasons, before, begun):
     made = sum(folder.is_dir() for _, _, folder in missing)
     return Outcome(study.name, before, made, failed, time.monotonic() - begun)
 
-# %% ../nbs/instruments/study.ipynb #ece9d91a
+# %% ../nbs/instruments/study.ipynb #53a80323
 def _on_cluster(ray, study, runs, notebooks, published, gpus, tick):
-    """Make the missing runs on the cluster → those of the last round's jobs that are left, reasons."""
+    """Make the missing runs on the cluster → the jobs of notebooks that are left, reasons."""
     reasons, left = cluster.make(ray, study, runs, published, gpus, tick), []
     last = len(study.rounds()) - 1
     for job in _jobs(study, last, runs, notebooks, published) if notebooks else ():
@@ -216,7 +216,7 @@ def publish(study, runs=None, results=None):
     if lacking: log.warning("%d of the %d runs have no record to publish", lacking, len(wanted))
     return folder
 
-# %% ../nbs/instruments/study.ipynb #51488976
+# %% ../nbs/instruments/study.ipynb #b96787e6
 def _arguments(words):
     publishing = words[:1] == ["publish"]
     parser = argparse.ArgumentParser(
@@ -235,8 +235,8 @@ def _arguments(words):
                              "or a Ray cluster's ray://HOST:PORT or HOST:PORT")
     parser.add_argument("--gpus", metavar="SHARE", type=float, help="share of a GPU per run, 0 for "
                         "none (default: 1 where there are GPUs)")
-    parser.add_argument("--workers", metavar="N", type=int, help="runs side by side on this machine "
-                        "(default: one per core or GPU, as memory allows)")
+    parser.add_argument("--workers", metavar="N", type=int, help="runs side by side on this "
+                        "machine (default: one per core or GPU, as memory allows)")
     return parser.parse_args(words)
 
 # %% ../nbs/instruments/study.ipynb #e1a517b3

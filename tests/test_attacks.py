@@ -75,28 +75,33 @@ PEERS = {"linf": (lambda net, eps: torchattacks.PGD(net, eps, eps / 4, 20), fool
 @pytest.mark.parametrize("norm, eps", [("linf", 8 / 255), ("linf", 16 / 255), ("linf", 32 / 255),
                                        ("l2", 0.25), ("l2", 0.5), ("l2", 1.0)])
 def test_pgd_agrees_with_torchattacks_and_foolbox(digits, norm, eps):
-    """Robust accuracy within 0.3 points, with starting points of their own."""
+    """Robust accuracy within 0.3 points of both.
+
+    All three draw from seed 0, which for L∞ means the same starting points. Other starting points move
+    each of the three by up to a point where few images stand (at 32/255 by 16 of 1,597 in five seeds)."""
     net, x, y = digits
     of_torchattacks, foolbox_pgd = PEERS[norm]
     torch.manual_seed(0)
-    theirs = [robust(net, of_torchattacks(net, eps)(x, y), y),
-              robust(net, of_foolbox(foolbox_pgd(abs_stepsize=eps / 4, steps=20), net, x, y, eps), y)]
+    theirs = [robust(net, of_torchattacks(net, eps)(x, y), y)]
+    torch.manual_seed(0)
+    theirs += [robust(net, of_foolbox(foolbox_pgd(abs_stepsize=eps / 4, steps=20), net, x, y, eps), y)]
     ours = robust(net, pgd(net, x, y, eps, norm=norm), y)
     assert max(abs(ours - other) for other in theirs) <= 0.003, (ours, theirs)
 
 
-def test_peers_count_images_as_robust_that_are_wrong_without_an_attack(digits):
-    """An attack may turn a wrong image right. Peers' accuracy then counts it; a breaking point of 0 does not.
+def test_pgd_keeps_what_peers_pass_by(digits):
+    """Both peers judge the last iterate alone, and call an image robust that was broken on the way.
 
-    The clean image lies in the ball, so an image that is wrong is not robust: the lower number is right."""
-    net, x, y = digits
-    eps, right = 32 / 255, logits_of(digits[0], digits[1]).argmax(1) == y
-    torch.manual_seed(0)
-    still = logits_of(net, torchattacks.PGD(net, eps, eps / 4, 20)(x, y)).argmax(1) == y
-    turned, lower = (still & ~right).sum().item(), (still & right).double().mean().item()
-    ours = (breaking_point(net, x, y, [eps], pgd) > eps).double().mean().item()
-    assert turned >= 3 and still.double().mean().item() > lower
-    assert abs(ours - lower) <= 0.003
+    A wrong image inside the ball is proof that it is not, so the lower number is right: every image
+    that only we break comes with such a proof, and none that they break is missed but by rounding."""
+    (net, x, y), eps, seed = digits, 32 / 255, 3
+    torch.manual_seed(seed)
+    theirs = torchattacks.PGD(net, eps, eps / 4, 20)(x, y)
+    ours = pgd(net, x, y, eps, generator=torch.Generator().manual_seed(seed))
+    broken, broken_of_theirs = (logits_of(net, moved).argmax(1) != y for moved in (ours, theirs))
+    extra, missed = broken & ~broken_of_theirs, broken_of_theirs & ~broken
+    assert extra.sum() >= 2 and missed.sum() <= 1
+    assert distances(ours, x).max() <= eps + 1e-6 and 0 <= ours.min() and ours.max() <= 1
 
 
 # What must always hold
@@ -109,7 +114,7 @@ def small():
                         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(128, 5))
     net[1].running_mean.normal_(), net[1].eval()
     net[6].bias.requires_grad_(False)
-    return net.double(), torch.rand(40, 3, 8, 8, dtype=torch.float64), torch.randint(5, (40,))
+    return net.double(), torch.rand(20, 3, 8, 8, dtype=torch.float64), torch.randint(5, (20,))
 
 
 def seeded(attack, seed=0, **options):
@@ -121,17 +126,14 @@ ATTACKS = {"fgsm": lambda: fgsm, "fgsm margin": lambda: partial(fgsm, loss="marg
            "pgd l2": lambda: seeded(pgd, norm="l2"), "noise": lambda: seeded(sign_noise),
            "pgd short": lambda: seeded(pgd, until_broken=True),
            "pgd l2 short": lambda: seeded(pgd, until_broken=True, norm="l2"),
-           "transfer": lambda: transfer(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double(), seeded(pgd))}
+           "transfer": lambda: transfer(SURROGATE, seeded(pgd))}
+SURROGATE = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).double()
 
 
 @pytest.fixture(params=ATTACKS)
 def attack(request):
-    """Makes the attack, its generator new."""
-    torch.manual_seed(1)
-    make = ATTACKS[request.param]
-    one = make()
-    norm = "l2" if "l2" in request.param else "linf"
-    return (lambda: one) if request.param == "transfer" else make, norm
+    """A function that makes the attack, its generator new, and its norm."""
+    return ATTACKS[request.param], "l2" if "l2" in request.param else "linf"
 
 
 def test_inside_the_ball_and_the_box(small, attack):

@@ -9,7 +9,7 @@ from repspace import data, masking, regularize, train
 
 CHECKS = ["square", "transfer", "weak loss", "more steps", "zero gradients", "logit scale"]
 EPS = 24 / 255
-QUICK = dict(images=250, n_queries=100, steps=(20, 60))
+QUICK = dict(images=200, n_queries=100, steps=(20, 50))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_silent_on_plain_nets(digits, nets, seed):
     assert list(table.index) == CHECKS and table.raised.dtype == bool
     assert not table.raised.any(), table
     assert 0.3 < table.pgd["square"] < 0.98, "a limit at which all differences can show"
-    assert (table.reason == "no sign").all() or (table.reason == "more, but within chance").any()
+    assert set(table.reason) <= {"no sign", "more, but within chance"}
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -84,7 +84,8 @@ def test_loud_on_a_quantized_input_whatever_the_loss(digits, nets, loss):
 
 def test_more_steps_is_raised_where_the_attack_stops_early(digits, nets):
     table = masking.diagnose(nets[0], *digits.test, EPS, **QUICK | dict(steps=(1, 20)))
-    assert list(table.index[table.raised]) == ["more steps"]
+    assert table.raised["more steps"] and table.reason["more steps"] == "the attack had not arrived"
+    assert not table.raised[["transfer", "weak loss", "zero gradients"]].any()
 
 
 def test_a_surrogate_alone_or_in_a_list(digits, nets):
