@@ -20,7 +20,8 @@ def crops_agree(x, y):
     draws = torch.Generator().manual_seed(0)
     offsets, mirrored = torch.randint(9, (len(x), 2), generator=draws), torch.rand(len(x), generator=draws) < 0.5
     ours = data.flip(data.crop(x, offsets, pad=4), mirrored)
-    theirs = [v2.functional.crop(image, *offset, 32, 32) for image, offset in zip(v2.functional.pad(x, [4]), offsets.tolist())]
+    padded = v2.functional.pad(x, [4])
+    theirs = [v2.functional.crop(image, *offset, 32, 32) for image, offset in zip(padded, offsets.tolist())]
     theirs = [v2.functional.hflip(image) if flipped else image for image, flipped in zip(theirs, mirrored)]
     return torch.equal(ours, torch.stack(theirs))
 

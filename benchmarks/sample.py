@@ -14,8 +14,10 @@ def images():
         return data.load("cifar10", download=False), "CIFAR-10"
     except ValueError:
         digits = data.load("digits")
-    large = [data.Split(F.interpolate(x, 32).mul(255).byte().expand(-1, 3, -1, -1).contiguous(), y) for x, y in digits[:2]]
-    test, train = (data.Split(s.images.repeat(n, 1, 1, 1), s.labels.repeat(n)) for s, n in zip(large, (5, 8)))
+    def enlarged(split, times):
+        x = F.interpolate(split.images, 32).mul(255).byte()
+        return data.Split(x.repeat(times, 3, 1, 1), split.labels.repeat(times))
+    train, test = enlarged(digits.test, 8), enlarged(digits.train, 5)  # the larger part is for training here
     return data.Dataset(train, test, digits.classes, *data.channel_statistics(train.images)), "digits, enlarged"
 
 

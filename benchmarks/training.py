@@ -29,7 +29,8 @@ def plain(net, loader, classes, recipe, autocast=False):
     """Train `net` with a DataLoader, torchvision's transforms and v2.MixUp; returns the last epoch's mean loss."""
     device, mix = net.mean.device, MIXED[0](num_classes=classes, alpha=1.0)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.epochs * len(loader), cycle_momentum=False)
+    steps = recipe.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, steps, cycle_momentum=False)
     net.train()
     for _ in range(recipe.epochs):
         total = 0
@@ -94,11 +95,13 @@ def training(model, recipe, peers, target, repeats, device="cpu", thread_counts=
             amount = recipe.epochs * recipe.train_images
             achieved = flops * amount / min(seconds["ours"])
             ceiling = matmul_rate(device, torch.bfloat16, n)
+            what = f"training {model}" + f", threads: {torch.get_num_threads()}" * (device == "cpu")
             for peer in peers:
                 agree = abs(losses["ours"] / losses[peer] - 1) < 0.1
-                yield row(f"training {model}" + f", threads: {torch.get_num_threads()}" * (device == "cpu"), seconds, peer, amount, agree, f"loss {losses['ours']:.2f} and {losses[peer]:.2f}", target, memory,
-                          partial(torch_profile, sides["ours"]), data=name, device=device, recipe=recipe.to_dict(),
-                          flops_per_image=flops, flops_per_s=achieved, bf16_ceiling=ceiling, ceiling_share=achieved / ceiling)
+                yield row(what, seconds, peer, amount, agree, f"loss {losses['ours']:.2f} and {losses[peer]:.2f}", target,
+                          memory, partial(torch_profile, sides["ours"]), data=name, device=device,
+                          recipe=recipe.to_dict(), flops_per_image=flops, flops_per_s=achieved, bf16_ceiling=ceiling,
+                          ceiling_share=achieved / ceiling)
 
 
 def on_cpu(train_images=1024, epochs=3, repeats=2, thread_counts=(None, 1)):

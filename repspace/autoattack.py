@@ -162,7 +162,7 @@ def _in_turn(model, x, y, eps, plan, norm="linf", generator=None, batch_size=Non
             by[rows[lost]] = number
     return images, by
 
-# %% ../nbs/instruments/autoattack.ipynb #c8747290
+# %% ../nbs/instruments/autoattack.ipynb #f7a262c1
 def _check_counts(**counts):
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
@@ -177,7 +177,7 @@ def _apgd_runs(K, steps, loss, n_targets=9, restarts=1, norm="linf"):
 
 def apgd(model, x, y, eps, steps=100, loss="ce", norm="linf", n_targets=9, restarts=1,
          generator=None, batch_size=None):
-    """Images (N, …) that Auto-PGD finds: where it succeeds, the first that the model gets wrong.
+    """Images (N, …) that Auto-PGD finds: where it succeeds, the first that is misclassified.
 
     `x` floats in [0, 1], `y` int64 (N,), `eps` in pixel units for `norm` "linf", a Euclidean
     distance for "l2". `loss`: "ce", "margin", "dlr" or "dlr-targeted", the last with a run for each
@@ -203,13 +203,14 @@ def _windows(u, side, height, width):
         return (first <= places) & (places < first + side)
     return (inside(u[:, 0], height)[:, None, :, None] & inside(u[:, 1], width)[:, None, None, :])
 
-# %% ../nbs/instruments/autoattack.ipynb #93aa737e
+# %% ../nbs/instruments/autoattack.ipynb #ea323f45
 @torch.no_grad()
 def _square(model, x, y, logits, eps, generators, batch_size, n_queries, p_init):
     """The images that Square ends with, and which have lost their label."""
     channels, *size = x.shape[1:]
     def draws(rows, *shape):
-        return torch.stack([torch.rand(shape, generator=generators[i]) for i in rows.tolist()]).to(x)
+        own_draws = [torch.rand(shape, generator=generators[i]) for i in rows.tolist()]
+        return torch.stack(own_draws).to(x)
     s = SimpleNamespace(row=torch.arange(len(y), device=y.device), y=y, best=x.clone(),
                         low=(x - eps).clamp_(min=0), high=(x + eps).clamp_(max=1),
                         f=x.new_full(y.shape, -math.inf))
@@ -236,7 +237,7 @@ def _square(model, x, y, logits, eps, generators, batch_size, n_queries, p_init)
     images[s.row] = s.best
     return images, broken
 
-# %% ../nbs/instruments/autoattack.ipynb #4c29484d
+# %% ../nbs/instruments/autoattack.ipynb #b95c1f1d
 def _square_runs(K, n_queries, p_init):
     return [partial(_square, n_queries=n_queries, p_init=p_init)]
 
@@ -249,7 +250,7 @@ def _check_square(x, n_queries, p_init):
         raise ValueError(f"Square needs images (N, C, H, W), but they are {tuple(x.shape)}")
 
 def square(model, x, y, eps, n_queries=5000, p_init=0.8, generator=None, batch_size=None):
-    """Images (N, C, H, W) that Square finds: where it succeeds, the first that the model gets wrong.
+    """Images (N, C, H, W) that Square finds: where it succeeds, the first that is misclassified.
 
     `x` floats in [0, 1], `y` int64 (N,), `eps` in pixel units (L∞). An image takes `n_queries` of
     the model at most; the first window covers the share `p_init` of it. No gradient is used.

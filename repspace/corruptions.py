@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['STRENGTHS', 'CORRUPTIONS', 'SEVERITIES', 'corrupt', 'over_severities']
 
-# %% ../nbs/instruments/corruptions.ipynb #4164a73f
+# %% ../nbs/instruments/corruptions.ipynb #785d4310
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pandas as pd
+import PIL.Image
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
@@ -41,10 +43,14 @@ def _contrast(images, factor, seed):
 def _brightness(images, factor, seed):
     return transforms.adjust_brightness(images, factor)
 
-# %% ../nbs/instruments/corruptions.ipynb #26e7b174
+# %% ../nbs/instruments/corruptions.ipynb #23f62584
 def _jpeg(images, quality, seed):
-    bytes_ = (images.detach().float() * 255).round().to("cpu", torch.uint8)
-    return transforms.jpeg(bytes_, quality).to(images.device).float().div(255).to(images.dtype)
+    shape = images.permute(0, 2, 3, 1).shape                 # Pillow takes (H, W, 3), or (H, W)
+    pixels = (images.permute(0, 2, 3, 1).float() * 255).round().byte().cpu().numpy()
+    pixels = pixels[..., 0] if shape[3] == 1 else pixels
+    stored = [np.asarray(transforms.jpeg(PIL.Image.fromarray(image), quality)) for image in pixels]
+    back = torch.from_numpy(np.stack(stored)).reshape(shape).permute(0, 3, 1, 2)
+    return back.to(images.device).float().div(255).to(images.dtype).contiguous()
 
 # %% ../nbs/instruments/corruptions.ipynb #67f569ca
 STRENGTHS = {"noise": (_noise, (0.04, 0.08, 0.12, 0.18, 0.26)),          # σ

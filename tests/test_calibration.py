@@ -1,4 +1,4 @@
-"""Calibration against its definition, SciPy and scikit-learn, and against torchmetrics and netcal where they are right."""
+"""Calibration against its definition, SciPy, scikit-learn, and torchmetrics and netcal where they are right."""
 import tracemalloc
 import warnings
 
