@@ -84,10 +84,9 @@ def test_pgd_agrees_with_torchattacks_and_foolbox(digits, eps):
     assert max(abs(ours - other) for other in theirs) <= 0.003, (ours, theirs)
 
 
-@pytest.mark.parametrize("eps", [0.25, 0.5])
-def test_pgd_l2_agrees_with_torchattacks(digits, eps):
+def test_pgd_l2_agrees_with_torchattacks(digits):
     """Their starting points are not uniform in the ball but denser in the middle: means of three seeds."""
-    (net, x, y), ours, theirs = digits, [], []
+    (net, x, y), eps, ours, theirs = digits, 0.5, [], []
     for seed in range(3):
         torch.manual_seed(seed)
         theirs.append(robust(net, torchattacks.PGDL2(net, eps, eps / 4, 20)(x, y), y))
