@@ -23,7 +23,7 @@ def draw_share(strength, generator):
     uniform = torch.rand((), generator=generator, dtype=torch.double).item()
     return float(betaincinv(strength, strength, uniform))
 
-# %% ../nbs/instruments/regularize.ipynb #a4b91d2b
+# %% ../nbs/instruments/regularize.ipynb #aa2cc25e
 def mix_targets(labels, num_classes, share):
     """Targets (N, K): `share` on the own label, the rest on that of the image before."""
     own = F.one_hot(labels, num_classes).float()
@@ -31,7 +31,7 @@ def mix_targets(labels, num_classes, share):
 
 def mixup(images, share):
     """Each image times `share` plus the one before it times 1 - share (Zhang et al. 2018)."""
-    return share * images + (1 - share) * images.roll(1, 0)
+    return torch.lerp(images.roll(1, 0), images, share)
 
 # %% ../nbs/instruments/regularize.ipynb #3d0db6ad
 def box(share, height, width, row, column):
