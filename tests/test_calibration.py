@@ -1,4 +1,4 @@
-"""Calibration against its definition, SciPy, scikit-learn, and torchmetrics and netcal where they are right."""
+"""Calibration against its definition, SciPy, scikit-learn, and against peers where they are right."""
 import tracemalloc
 import warnings
 
@@ -20,7 +20,8 @@ with warnings.catch_warnings():
     from netcal.scaling import TemperatureScaling as NetcalTemperature
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-pytestmark = [pytest.mark.filterwarnings("ignore:::netcal"), pytest.mark.filterwarnings("ignore:::torch")]
+pytestmark = [pytest.mark.filterwarnings("ignore:::netcal"),
+              pytest.mark.filterwarnings("ignore:::torch")]
 
 
 def predictions(n, classes, seed=0, sharpness=2.0):
@@ -56,7 +57,7 @@ def by_definition(confidence, right, n_bins=15):
         inside = [(c, h) for c, h in zip(confidence, right)
                   if low < c <= high or (i == 0 and c <= 0) or (i == n_bins - 1 and c > 1)]
         if inside:
-            gap = sum(float(h) for _, h in inside) / len(inside) - sum(c for c, _ in inside) / len(inside)
+            gap = sum(float(h) - c for c, h in inside) / len(inside)
             error += len(inside) / len(confidence) * abs(gap)
     return error
 
@@ -72,7 +73,7 @@ def netcal_ece(probs, labels, n_bins=15):
         return ECE(n_bins).measure(np.asarray(probs), np.asarray(labels))
 
 
-# --- the calibration error ---------------------------------------------------------------------------------
+# --- the calibration error ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 33, 100])
 @pytest.mark.parametrize("n_bins", [1, 10, 15])
@@ -213,7 +214,8 @@ def test_kinds_of_arrays_agree():
         for narrow in (half, half.astype(np.float32)):
             same = measure(narrow.astype(float), y)
             assert measure(narrow, y) == pytest.approx(same, abs=1e-12)
-            assert measure(torch.tensor(narrow, requires_grad=True), torch.tensor(y)) == measure(narrow, y)
+            tensor = torch.tensor(narrow, requires_grad=True)
+            assert measure(tensor, torch.tensor(y)) == measure(narrow, y)
             turned = measure(np.asfortranarray(narrow), y.astype(np.uint8))
             assert turned == pytest.approx(same, abs=1e-12)
         bf16 = torch.tensor(p).bfloat16()
@@ -250,7 +252,7 @@ def test_equal_confidences_stay_together_in_bins_of_equal_mass():
     assert len(reliability(p, y, 4, "mass")) <= 4
 
 
-# --- scores, table, floor ----------------------------------------------------------------------------------
+# --- scores, table, floor -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes", [2, 3, 40])
 def test_scores_agree_with_scikit_learn(classes):
@@ -310,7 +312,7 @@ def test_the_floor_falls_with_the_root_of_the_sample():
     assert calibration_floor(p, 50) == pytest.approx(calibration_floor(p[:800], 2000) / 10, rel=0.1)
 
 
-# --- scaling -----------------------------------------------------------------------------------------------
+# --- scaling --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes, factor", [(2, 3.0), (5, 0.2), (10, 2.0)])
 def test_temperature_agrees_with_scipy_and_netcal(classes, factor):
@@ -336,8 +338,8 @@ def test_temperature_agrees_with_scipy_and_netcal(classes, factor):
 
 
 def test_from_probabilities_netcal_has_lost_the_small_ones():
-    """netcal takes logits back from probabilities, cut off at 2.2e-16: an overconfident net wants a higher
-    temperature than it finds. Given what is left, ours finds the same as netcal."""
+    """netcal takes logits back from probabilities, cut off at 2.2e-16: an overconfident net wants a
+    higher temperature than it finds. Given what is left, ours finds the same as netcal."""
     rng = np.random.default_rng(10)
     logits = rng.normal(size=(1500, 10))
     y = (logits + rng.gumbel(size=logits.shape)).argmax(1)
@@ -430,7 +432,7 @@ def test_cross_fitting_judges_no_sample_by_itself():
     assert (before.probs[two] != after.probs[two]).all()
 
 
-# --- cost --------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 def test_no_copy_of_the_probabilities():
     """float32 tensors are judged where they lie: memory beyond them is a few numbers a row, not K."""

@@ -86,7 +86,8 @@ def test_noise_is_normal_with_its_deviation(severity):
 def test_blur_agrees_with_scipy(severity):
     x, sigma = images((3, 24, 20)).double(), STRENGTHS["blur"][1][severity - 1]
     radius = int(np.ceil(3 * sigma))
-    expected = gaussian_filter(x.numpy(), (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, radius, radius))
+    expected = gaussian_filter(x.numpy(), (0, 0, sigma, sigma), mode="mirror",
+                               radius=(0, 0, radius, radius))
     assert np.abs(corrupt(x, "blur", severity).numpy() - expected).max() < 1e-6
 
 
@@ -110,7 +111,8 @@ def test_jpeg_agrees_with_a_file_of_pillow_and_with_torchvision(severity, shape)
     found = (corrupt(x, "jpeg", severity) * 255).round()
     for image, ours in zip((x * 255).round().byte(), found):
         file = io.BytesIO()
-        PIL.Image.fromarray(image.permute(1, 2, 0).squeeze(-1).numpy()).save(file, "JPEG", quality=quality)
+        pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
+        PIL.Image.fromarray(pixels).save(file, "JPEG", quality=quality)
         theirs = torch.tensor(np.array(PIL.Image.open(file))).float().reshape(*shape[1:], shape[0])
         assert torch.equal(ours, theirs.permute(2, 0, 1))
     if hasattr(torchvision.io, "encode_jpeg"):
