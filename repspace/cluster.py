@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'RETRIES', 'check_on', 'connected', 'resources', 'Returned', 'make']
 
-# %% ../nbs/instruments/cluster.ipynb #19f634c4
+# %% ../nbs/instruments/cluster.ipynb #8ef2e420
 import contextlib, getpass, json, logging, shutil, socket, tempfile, threading, time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from . import jobs, records
 from .condition import (Condition, missing_seeds, note_failed, provenance,
-                                weights_path, why)
+                                surrogate_paths, weights_path, why)
 
 log = logging.getLogger(__name__)
 
@@ -74,49 +74,57 @@ def _capacity(nodes, wanted):
     return sum(min(int(node["Resources"].get(k, 0) / n) for k, n in wanted.items() if n)
                for node in nodes if node["Alive"])
 
-# %% ../nbs/instruments/cluster.ipynb #77955c91
+# %% ../nbs/instruments/cluster.ipynb #93062199
 class Returned(NamedTuple):
     """What comes back: the node's name, the worker's exit code and last line, files by name."""
     node: str
     code: int
     said: str
-    files: dict
+    record: dict
+    weights: dict
 
-def _collect(job, condition):
-    """The files that the run of `job` left behind."""
-    seed, = job["seeds"]
-    folder = records.run_folder(job["study"], job["slug"], seed, job["runs"])
+def _weights(condition, seed, runs):
+    """The weights there are that a run needs, its surrogates' too: {name of the file: bytes}."""
+    paths = [weights_path(condition, seed, runs)]
+    if condition.measures != "standard":
+        paths += [path for _, _, path in surrogate_paths(condition, seed, runs).values()]
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
+
+def _put(folder, contents):
+    for name, content in contents.items():
+        records.write_file(folder / Path(name).name, lambda to: to.write_bytes(content))
+
+def _record(job):
+    """The record that the run of `job` left, or the mark of its failure: {name: bytes}."""
+    folder = records.run_folder(job["study"], job["slug"], job["seeds"][0], job["runs"])
     paths = {name: folder / name for name in records.FILES} | {
-        "weights": weights_path(condition, seed, job["runs"]),
         "failed": folder.with_name(f"{folder.name}.failed.json")}
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 def _task(job, weights, code, owner):
-    """Make the run of `job` on this node; `weights`: those there are, as bytes, or None."""
+    """Make the run of `job` on this node → Returned; `weights`: those there are, name → bytes."""
     node, mine = socket.gethostname(), provenance()["code"]
     if mine != code:
         return Returned(node, 1, f"the code of repspace there is {mine}, but {code} here: install "
-                                 "the same version", {})
+                                 "the same version", {}, {})
     condition = Condition(**job["condition"])
     name = records.key([owner, job["study"], job["condition"], job["seeds"]])
     place = Path(tempfile.gettempdir()) / f"repspace-{getpass.getuser()}" / name
     job = job | {"runs": str(place), "published": False, "fetch": True}
-    path = weights_path(condition, job["seeds"][0], place)
-    if weights and not path.exists(): records.write_file(path, lambda to: to.write_bytes(weights))
+    _put(place / "weights", weights)
     environment = {"CUDA_VISIBLE_DEVICES": ""} if job["gpus"] == 0 else {}
     code, said = jobs.call(job, threading.Event(), environment)
-    files = _collect(job, condition)
-    if files.get("weights") == weights: files.pop("weights", None)
+    made = _weights(condition, job["seeds"][0], place)
+    made = {name: content for name, content in made.items() if weights.get(name) != content}
+    returned = Returned(node, code, said, _record(job), made)
     if code >= 0: shutil.rmtree(place, ignore_errors=True)
-    return Returned(node, code, said, files)
+    return returned
 
-# %% ../nbs/instruments/cluster.ipynb #5fb867e9
-def _deliver(files, condition, seed, study, runs):
-    """Write the `files` of a run where a run made here would have put them."""
-    folder = records.run_folder(study, condition.slug, seed, runs)
-    weights = weights_path(condition, seed, runs)
-    if "weights" in files:
-        records.write_file(weights, lambda to: to.write_bytes(files["weights"]))
+# %% ../nbs/instruments/cluster.ipynb #734aa79b
+def _deliver(returned, folder, runs):
+    """Write what came back where a run made here, with its record in `folder`, would have."""
+    files = returned.record
+    _put(Path(runs) / "weights", returned.weights)
     if "failed" in files: records.mark_failed(folder, **json.loads(files["failed"]))
     if "run.json" not in files: return
     with tempfile.TemporaryDirectory(prefix="repspace-") as place:
@@ -164,7 +172,7 @@ class _Conditions:
         """Give up all locks."""
         for lock in self.locks.values(): lock.release()
 
-# %% ../nbs/instruments/cluster.ipynb #bafaa286
+# %% ../nbs/instruments/cluster.ipynb #70f7b9d2
 RETRIES = 3
 
 class _Run(NamedTuple):
@@ -184,16 +192,15 @@ class _Tasks:
         self.owner = f"{socket.gethostname()}:{runs}"
 
     def send(self, run):
-        path = weights_path(run.condition, run.seed, self.runs)
         job = {"study": self.study.name, "condition": run.condition.parameters(),
                "slug": run.condition.slug, "seeds": [run.seed], "notebook": None,
                "gpus": self.wanted["GPU"]}
-        weights = path.read_bytes() if path.exists() else None
+        weights = _weights(run.condition, run.seed, self.runs)
         task = self.remote.remote(job, weights, provenance()["code"], self.owner)
         self.flying[task] = run
 
-    def running(self):
-        return min(len(self.flying), _capacity(self.ray.nodes(), self.wanted))
+    def capacity(self):
+        return _capacity(self.ray.nodes(), self.wanted)
 
     def ended(self):
         """Wait up to half a second; deliver runs that came back, and yield their conditions."""
@@ -214,29 +221,32 @@ class _Tasks:
     def _get(self, task, run, folder):
         """The worker's exit code, and what there is to say if the run has no record now."""
         try:
-            node, code, said, files = self.ray.get(task)
-            _deliver(files, run.condition, run.seed, self.study.name, self.runs)
+            returned = self.ray.get(task)
+            _deliver(returned, folder, self.runs)
         except Exception as error:
             return 0, why(error, folder)
+        node, code = returned.node, returned.code
         if code < 0: log.warning("a worker on %s was killed by signal %d", node, -code)
-        return code, f"the worker on {node} ended with exit code {code}: {said}"
+        return code, f"the worker on {node} ended with exit code {code}: {returned.said}"
 
     def cancel(self):
         for task in self.flying:
             with contextlib.suppress(Exception): self.ray.cancel(task, force=True)
 
-# %% ../nbs/instruments/cluster.ipynb #d1897f36
+# %% ../nbs/instruments/cluster.ipynb #457e56ae
 def make(ray, study, runs, published, gpus, tick):
     """Make the missing runs of the Study `study` on the cluster → {folder of a run: why it failed}.
 
     `tick(running)` is called meanwhile, with the number of runs that are being made.
     """
     conditions, tasks = _Conditions(study, runs, published), _Tasks(ray, study, runs, gpus)
+    runs_left = []
     try:
-        while conditions.waiting or tasks.flying:
-            for run in conditions.take(): tasks.send(_Run(*run))
+        while conditions.waiting or runs_left or tasks.flying:
+            runs_left += [_Run(*run) for run in conditions.take()]
+            while runs_left and len(tasks.flying) <= tasks.capacity(): tasks.send(runs_left.pop(0))
             for condition in tasks.ended(): conditions.end(condition)
-            tick(tasks.running())
+            tick(min(len(tasks.flying), tasks.capacity()))
     finally:
         tasks.cancel()
         conditions.close()

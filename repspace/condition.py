@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'PARAMETERS', 'Condition', 'run_settings', 'provenance', 'missing_seeds', 'weights_path', 'load_classifier',
-           'why', 'note_failed', 'run_condition', 'check_parameters']
+           'surrogate_paths', 'why', 'note_failed', 'run_condition', 'check_parameters']
 
 # %% ../nbs/instruments/condition.ipynb #de240ab3
 import ast, errno, functools, hashlib, importlib.metadata, json, logging, os, re
@@ -219,19 +219,24 @@ def load_classifier(condition, seed, runs=None):
     _restore(classifier, path)
     return classifier.eval()
 
-# %% ../nbs/instruments/condition.ipynb #3e35dd74
-def _surrogates(condition, dataset, seed, runs):
-    """{name: Classifier} of another seed, trained on the images of `dataset`."""
-    from repspace import train
+# %% ../nbs/instruments/condition.ipynb #4d06f780
+def surrogate_paths(condition, seed, runs=None):
+    """{name: (condition, seed, where its weights are kept)} of the surrogates of a run."""
     other, found = seed - 1 if seed else 1, {}
-    device = train.here()
     for name, regularizer in (("plain", "none"), ("same", condition.regularizer)):
         sibling = replace(condition, regularizer=regularizer)
         path = weights_path(sibling, other, runs)
         if condition.data == "digits":
             path = path.with_stem(f"{path.stem}-on-split-{seed}")
-        found[name] = _trained(sibling, dataset, other, path)[0].to(device)
+        found[name] = sibling, other, path
     return found
+
+def _surrogates(condition, dataset, seed, runs):
+    """{name: Classifier} of another seed, trained on the images of `dataset`."""
+    from repspace import train
+    device = train.here()
+    return {name: _trained(sibling, dataset, other, path)[0].to(device)
+            for name, (sibling, other, path) in surrogate_paths(condition, seed, runs).items()}
 
 # %% ../nbs/instruments/condition.ipynb #123bd62f
 def _measure(condition, classifier, dataset, seed, runs):

@@ -46,7 +46,7 @@ def check_images(x, y):
                          f"but they are {y.dtype} of shape {tuple(y.shape)}")
     return x.detach(), y.long()
 
-# %% ../nbs/instruments/perturb.ipynb #31193bb5
+# %% ../nbs/instruments/perturb.ipynb #fe90ab6e
 norms = ("linf", "l2")
 
 def check_norm(norm):
@@ -56,7 +56,7 @@ def check_norm(norm):
     return norm
 
 def check_eps(eps, x=None, norm="linf"):
-    """`eps` as a float in [0, 1], for norm "l2" in [0, √D] with D the numbers in an image of `x`."""
+    """`eps` as a float in [0, 1], for norm "l2" in [0, √D] with D numbers in an image of `x`."""
     most = 1 if check_norm(norm) == "linf" else math.sqrt(math.prod(x.shape[1:]))
     if not 0 <= eps <= most:
         hint = ("where 1 is the whole range of a pixel (8 of 255 is 8 / 255)" if norm == "linf"
@@ -102,9 +102,9 @@ def distances(moved, x, norm="linf"):
     away = (moved - x).flatten(1)
     return torch.linalg.vector_norm(away, math.inf if check_norm(norm) == "linf" else 2, dim=1)
 
-# %% ../nbs/instruments/perturb.ipynb #b1ef6638
+# %% ../nbs/instruments/perturb.ipynb #7c453a65
 def uniform(x, generator=None):
-    """Numbers in [0, 1) like `x`; `generator`: a CPU `torch.Generator` (if None, a new one, seed 0)."""
+    """Numbers in [0, 1) like `x`; `generator`: a CPU one (if None, a new one with seed 0)."""
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     return torch.rand(x.shape, generator=generator).to(x)
 
@@ -163,9 +163,9 @@ def logits_of(model, x, batch_size=512):
     """Logits (N, K) of images `x`, batch by batch, in the mode that the model is in."""
     return torch.cat([model(batch) for batch in x.split(batch_size)])
 
-# %% ../nbs/instruments/perturb.ipynb #4471960e
+# %% ../nbs/instruments/perturb.ipynb #1bb50039
 def as_convolved(model, x):
-    """`x` in channels-last memory format if on a CPU, or if convolutions of `model` are, else `x`."""
+    """`x` channels-last in memory if on a CPU, or if convolutions of `model` are, else `x`."""
     last = torch.channels_last
     if x.ndim == 4 and (x.device.type == "cpu" or any(
             p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous()
