@@ -93,7 +93,7 @@ def run_settings(condition, seed):
     recipe = {k: v for k, v in condition.recipe.items() if v != defaults[k]}
     return condition.parameters() | {"recipe": recipe, "seed": int(seed)}
 
-# %% ../nbs/instruments/condition.ipynb #87ef9c12
+# %% ../nbs/instruments/condition.ipynb #a31f8007
 def _sources(name, found):
     """Into the dict `found`: the file of the module `name`, and those of ours that it imports."""
     file = Path(repspace.__file__).with_name(f"{name}.py")
@@ -105,6 +105,15 @@ def _sources(name, found):
             module = (node.module or "").removeprefix("repspace").lstrip(".")
             for other in [module] if module else [alias.name for alias in node.names]:
                 _sources(other, found)
+
+def _code(source):
+    """The lines of `source` without docstrings, empty lines and lines that are comments."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            text = node.body[0]
+            lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 def _commit(folder):
     def git(*words):
@@ -121,9 +130,7 @@ def provenance():
     files, digest = {}, hashlib.sha256()
     for name in ("train", "measure"): _sources(name, files)
     for name, file in sorted(files.items()):
-        lines = [name, *file.read_text().splitlines()]
-        lines = [line for line in lines if line and not line.startswith("# %%")]
-        digest.update("\n".join(lines).encode())
+        digest.update("\n".join([name, *_code(file.read_text())]).encode())
     code = digest.hexdigest()[:16]
     return {"version": repspace.__version__, "code": code,
             "commit": _commit(Path(repspace.__file__).parent)}
