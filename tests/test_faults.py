@@ -23,6 +23,7 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC may hang in what Ray forks
+os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here goes before the cluster
 
 from repspace import data, jobs, records, study
 from repspace.condition import Condition, run_condition
