@@ -1,7 +1,4 @@
 """Geometry: centers against general solvers and in their limits, cones, gradients, and the identity of three factors."""
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -88,28 +85,16 @@ def test_both_solvers_find_the_same_centers_of_many_classes(nonnegative):
         np.testing.assert_array_equal(found.interior[few], slow.interior)
 
 
-IMAGENET = """
-import resource, sys, time
-import numpy as np
-from repspace.centers import class_centers
-rng = np.random.default_rng(0)
-W = rng.normal(size=(1000, 2048)) / np.sqrt(2048)
-if sys.argv[1] == "correlated":   # fifty groups of classes, and a direction that all share
-    W = 0.4 * W + (rng.normal(size=(50, 2048))[np.arange(1000) % 50] + rng.normal(size=2048)) / np.sqrt(2048)
-start = time.process_time()
-found = class_centers(W, 0.3 * rng.normal(size=1000), float(sys.argv[2]))
-print(found.certificate.max(), time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
-
-
 @pytest.mark.parametrize("rows, radius", [("gaussian", 100), ("correlated", 30)])
-def test_a_head_for_imagenet_takes_seconds(rows, radius):
-    """On one thread, by its clock: what others do on the machine must not count."""
-    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    out = subprocess.run([sys.executable, "-c", IMAGENET, rows, str(radius)], env=os.environ | one_thread,
-                         check=True, capture_output=True, text=True).stdout
-    certificate, seconds, gigabytes = map(float, out.split())
-    assert certificate < 1e-8 and seconds < 10 and gigabytes < 1, out
+def test_a_head_for_imagenet_is_certified(rows, radius):
+    """What it costs is in the benchmarks."""
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(1000, 2048)) / np.sqrt(2048)
+    if rows == "correlated":  # fifty groups of classes, and a direction that all share
+        W = 0.4 * W + (rng.normal(size=(50, 2048))[np.arange(1000) % 50] + rng.normal(size=2048)) / np.sqrt(2048)
+    found = geometry.class_centers(W, 0.3 * rng.normal(size=1000), radius)
+    assert found.certificate.max() < 1e-8 and not found.interior.any()
+    np.testing.assert_allclose(np.linalg.norm(found.centers, axis=1), radius)
 
 
 # Their limits
