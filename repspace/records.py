@@ -8,15 +8,15 @@ __all__ = ['log', 'SCHEMA', 'FILES', 'IDENTITY', 'NEEDED', 'NAMES', 'CIRCUMSTANC
            'set_aside', 'read_run', 'check', 'mark_failed', 'clear_failed', 'failure', 'failed', 'published_identities',
            'publish', 'Records', 'reference', 'studies', 'load', 'arrays']
 
-# %% ../nbs/instruments/records.ipynb #d29bcc34
+# %% ../nbs/instruments/records.ipynb #98354f04
 import hashlib, json, logging, math, os, re, shutil, uuid, zipfile, zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
@@ -110,7 +110,7 @@ def write_file(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/instruments/records.ipynb #f00615cb
+# %% ../nbs/instruments/records.ipynb #c7de4ae4
 def _write_json(path, content):
     Path(path).write_text(json.dumps(_plain(content), indent=1) + "\n")
 
@@ -118,7 +118,8 @@ def _write_arrays(path, arrays):
     Path(path).write_bytes(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
 
 def _write_frame(path, frame, **options):
-    frame.to_parquet(path, engine="pyarrow", compression="zstd", index=False, **options)
+    frame.to_parquet(path, engine="pyarrow", compression="zstd", index=False,
+                     write_page_checksum=True, **options)
 
 # %% ../nbs/instruments/records.ipynb #a4e78572
 NEEDED = ("study", "condition", "seed", "identity", "scalars")
@@ -181,7 +182,7 @@ def _read_json(path):
     if not isinstance(content, dict): raise ValueError("it holds no JSON object")
     return content
 
-# %% ../nbs/instruments/records.ipynb #c673de86
+# %% ../nbs/instruments/records.ipynb #7ae1287c
 def read_run(folder):
     """The content of a record's `run.json`; `ValueError` naming the file if it is damaged."""
     def read(path):
@@ -190,13 +191,19 @@ def read_run(folder):
         return run
     return _named(Path(folder) / "run.json", read)
 
-def check(folder):
-    """`read_run`, with a look at the other files' headers; `ValueError` naming a damaged one."""
+def _read_frame(path):
+    return _named(path, partial(pd.read_parquet, page_checksum_verification=True))
+
+def _read_fresh(folder):
+    """(run, samples) of a record, with a look at the headers of its other files."""
     run, folder = read_run(folder), Path(folder)
-    _named(folder / "samples.parquet", pq.read_metadata)
     for name in ("logits.safetensors", "head.safetensors"):
         _named(folder / name, lambda path: safe_open(path, "np").__enter__())
-    return run
+    return run, _read_frame(folder / "samples.parquet")
+
+def check(folder):
+    """`read_run`, with a look at the record's other files; `ValueError` naming a damaged one."""
+    return _read_fresh(folder)[0]
 
 # %% ../nbs/instruments/records.ipynb #09e377b7
 def _marker(folder): return Path(folder).with_name(f"{Path(folder).name}.failed.json")
@@ -255,16 +262,12 @@ def published_identities(study, results=None):
     """The identities of the published runs of `study`, a dict {(condition, seed): identity}."""
     return {name: run["identity"] for name, run in _published(study, results).items()}
 
-# %% ../nbs/instruments/records.ipynb #16e1fe64
-def _read_fresh(folder):
-    samples = _named(folder / "samples.parquet", pd.read_parquet)
-    return check(folder), samples
-
+# %% ../nbs/instruments/records.ipynb #df55c217
 def _arrays_fresh(folder):
     logits, head = (_named(folder / f"{n}.safetensors", load_file) for n in ("logits", "head"))
     return logits | {f"head.{name}": a for name, a in head.items()}
 
-# %% ../nbs/instruments/records.ipynb #0a212b22
+# %% ../nbs/instruments/records.ipynb #5e4e2413
 def _stored(root, condition, seed):
     """(logits, head) of a published run as they are stored: two dicts of arrays."""
     start = f"{condition}/{seed}/"
@@ -284,7 +287,7 @@ def _arrays_published(root, condition, seed):
     return compact.unpacked(logits) | head
 
 def _samples_published(root):
-    samples = _named(root / "samples.parquet", pd.read_parquet)
+    samples = _read_frame(root / "samples.parquet")
     halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
     return samples.astype({name: np.float32 for name in halves} | {"condition": str})
 
