@@ -19,8 +19,8 @@ import yaml
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from repspace import jobs, records, study
-from repspace.condition import Condition, run_condition
+from repspace import jobs, measure, records, study
+from repspace.condition import Condition, run_condition, surrogate_paths
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -310,3 +310,28 @@ def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters.*sedes.*allowed are study"):
         jobs._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
     assert not (place / "x.ipynb").exists() and (place / "x.failed.ipynb").exists()
+
+
+def test_thorough_measures_attack_from_another_seed_trained_on_the_same_images(place, monkeypatch):
+    """The paper's black box is another network: here another seed, plain and with the same regularizer."""
+    chosen = measure.settings("digits", "thorough")
+    budget = chosen.thorough._replace(images=40, steps=5, targets=2, queries=20, masking_images=20)
+    small = chosen._replace(attack_images=40, thorough=budget)
+    monkeypatch.setattr(measure, "settings", lambda *asked: small)
+    condition = Condition("digits", "tiny-cnn", "label-smoothing:0.1", RECIPE, measures="thorough")
+    surrogates = surrogate_paths(condition, seed=3, runs=place / "runs")
+    assert [(other.regularizer, seed) for other, seed, _ in surrogates.values()] == [
+        ("none", 2), ("label-smoothing:0.1", 2)]
+    assert list(run_condition(condition, [3], "deep", place / "runs", progress=False)["status"]) == ["made"]
+    weights = {path.name for path in place.glob("runs/weights/*.safetensors")}
+    assert {path.name for *_, path in surrogates.values()} < weights and len(weights) == 3
+
+    run, samples = records.load("deep", runs=place / "runs", results=place / "results")
+    run = run.iloc[0]
+    stages = list(run["curves"]["auto_attack"].values())
+    assert stages == sorted(stages, reverse=True) and run["robust_accuracy_auto"] == stages[-1]
+    assert len(run["curves"]["masking"]["check"]) == 6 and len(run["curves"]["corruptions"]["ece"]) == 30
+    for name in ("auto", "square", "transfer_plain", "transfer_same"):
+        breaks = samples[f"breaks_{name}"]
+        assert breaks.notna().sum() == 40
+        assert run[f"robust_accuracy_{name}"] == pytest.approx((breaks.dropna() == float("inf")).mean())
