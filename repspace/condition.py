@@ -184,7 +184,7 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/condition.ipynb #17058f32
+# %% ../nbs/instruments/condition.ipynb #6119ed3d
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     from repspace import regularize, train
@@ -199,6 +199,7 @@ def _train(condition, dataset, seed, path):
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     content = save(state, {"training": json.dumps(training)})
     records.write_file(path, lambda to: to.write_bytes(content))
+    for left in path.parent.glob(f"{path.stem}.*.checkpoint*"): left.unlink(missing_ok=True)
     return classifier.cpu(), training
 
 # %% ../nbs/instruments/condition.ipynb #51e0dcd1

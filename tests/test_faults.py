@@ -3,6 +3,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import pickle
 import shutil
 import socket
@@ -168,6 +169,41 @@ def test_a_driver_that_is_killed_leaves_the_rest_to_another(place):
     after = when_made(place)
     assert len(after) == 6 and before.items() <= after.items() and not litter(place)
     assert not list(place.glob("runs/tiny/*/*.*-1")), "no record was set aside"
+
+
+# A long training
+
+LONG = """
+import functools, sys
+from repspace import train
+from repspace.condition import Condition, run_condition
+train.fit = functools.partial(train.fit, every=0, progress=True)   # a checkpoint after every epoch
+recipe = {"epochs": 60, "batch_size": 50, "lr": 0.05}
+made = run_condition(Condition("digits", "tiny-cnn", "mixup:1.0", recipe), [0], "long", sys.argv[1], progress=False)
+assert made["status"].item() == "made", made["reason"].item()
+"""
+
+
+def test_a_training_that_is_killed_goes_on_to_the_same_end(place):
+    def begin(runs):
+        return subprocess.Popen([sys.executable, "-c", LONG, runs], stderr=subprocess.PIPE, text=True)
+
+    whole, stopped = begin("runs/whole"), begin("runs/stopped")
+    wait_for(lambda: list(place.glob("runs/stopped/weights/*.checkpoint")))
+    stopped.kill()
+    stopped.communicate()
+    left, = place.glob("runs/stopped/weights/*.checkpoint")
+    left.with_name(f"{left.name}.1").write_bytes(b"half")   # what a process leaves that is killed while it writes
+    again = begin("runs/stopped")
+    said = again.communicate(timeout=240)[1]
+    assert again.returncode == 0, said
+    assert 0 < int(re.search(r"\d+/(\d+)", said)[1]) < 60, f"it did not go on from where it was: {said}"
+    assert whole.communicate(timeout=240) and whole.returncode == 0
+    one, other = (place / "runs" / name / "long" / MIXUP / "0" for name in ("whole", "stopped"))
+    for file in ("samples.parquet", "logits.safetensors", "head.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+    assert records.read_run(one)["history"] == records.read_run(other)["history"]
+    assert not litter(place)
 
 
 # Kernels and GPUs
