@@ -3,8 +3,8 @@ import hashlib
 import json
 import logging
 import os
-import re
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -21,7 +21,6 @@ import torchvision
 import yaml
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC may hang in what Ray forks
 os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here goes before the cluster
@@ -38,16 +37,6 @@ def define(place, regularizers=("mixup:1.0", "none"), seeds=1, **recipe):
                "regularizers": list(regularizers), "recipe": RECIPE | recipe}]}
     (place / "tiny.yaml").write_text(yaml.safe_dump(content))
     return place / "tiny.yaml"
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A working directory with folders for runs and results."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("REPSPACE_RUNS", raising=False)
-    for name in ("runs", "results"):
-        (tmp_path / name).mkdir()
-    return tmp_path
 
 
 @pytest.fixture(scope="module")

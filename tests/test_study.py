@@ -2,7 +2,6 @@
 import copy
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -16,8 +15,6 @@ import papermill
 import psutil
 import pytest
 import yaml
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from repspace import jobs, measure, records, study
 from repspace.condition import Condition, run_condition, surrogate_paths
@@ -41,15 +38,6 @@ def define(place, **changes):
     path = place / "tiny.yaml"
     path.write_text(yaml.safe_dump(definition(**changes)))
     return path
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("REPSPACE_RUNS", raising=False)
-    for name in ("runs", "results"):
-        (tmp_path / name).mkdir()
-    return tmp_path
 
 
 def start(place, *words):
