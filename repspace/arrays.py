@@ -28,15 +28,22 @@ def like(result, x):
     dtype = getattr(x, "dtype", None)
     return result.astype(dtype) if floating and getattr(dtype, "kind", "") == "f" else result
 
-# %% ../nbs/instruments/arrays.ipynb #f2e68465
+# %% ../nbs/instruments/arrays.ipynb #65568b34
 def check_head(weight, bias, features=None):
-    """float64 copies of `weight` (K, d), `bias` (K,) and `features` (N, d); `ValueError` where shapes disagree."""
+    """float64 copies of `weight` (K, d), `bias` (K,) and `features` (N, d).
+
+    `ValueError` where shapes disagree, or a number is not finite."""
     W, b = to_numpy(weight, float), to_numpy(bias, float)
     if W.ndim != 2 or b.shape != W.shape[:1]:
         raise ValueError(f"weight must be (K, d) and bias (K,), but they are {W.shape} and {b.shape}")
+    if not (np.isfinite(W).all() and np.isfinite(b).all()):
+        raise ValueError("weight and bias must be finite, but they are not")
     if features is None:
         return W, b
     Z = to_numpy(features, float)
     if Z.ndim != 2 or Z.shape[1] != W.shape[1]:
         raise ValueError(f"features must be (N, {W.shape[1]}) to fit weight {W.shape}, but they are {Z.shape}")
+    if not np.isfinite(Z).all():
+        row = np.flatnonzero(~np.isfinite(Z).all(1))[0]
+        raise ValueError(f"features must be finite, but those of sample {row} are not")
     return W, b, Z

@@ -30,7 +30,7 @@ def fgsm(model, x, y, eps, loss="ce"):
     with frozen(model):
         return (x + eps * ascent(model, x, y, loss).sign()).clamp_(0, 1)
 
-# %% ../nbs/instruments/attacks.ipynb #e8a4ee57
+# %% ../nbs/instruments/attacks.ipynb #6e3d20fd
 def pgd(model, x, y, eps, steps=20, step_size=None, loss="ce", norm="linf", generator=None,
         until_broken=False):
     """Of `steps` projected gradient steps from a random start, the last wrong iterate (N, …).
@@ -41,8 +41,9 @@ def pgd(model, x, y, eps, steps=20, step_size=None, loss="ce", norm="linf", gene
     (if None, a new one with seed 0). `until_broken`: an image stops at its first wrong iterate.
     The model is left as it was.
     Madry et al.: Towards deep learning models resistant to adversarial attacks, 2018."""
-    (x, y), step_size = check_images(x, y), eps / 4 if step_size is None else step_size
+    x, y = check_images(x, y)
     eps = check_eps(eps, x, norm)
+    step_size = eps / 4 if step_size is None else step_size
     if steps < 1 or not step_size >= 0:
         raise ValueError(f"steps must be at least 1 and step_size at least 0, "
                          f"not {steps} and {step_size}")
@@ -80,13 +81,14 @@ def sign_noise(model, x, y, eps, generator=None):
     signs = 2 * (uniform(x, generator) < 0.5).to(x) - 1
     return (x + eps * signs).clamp_(0, 1)
 
-# %% ../nbs/instruments/attacks.ipynb #7ea3ba8b
+# %% ../nbs/instruments/attacks.ipynb #6b6c75a6
 def breaking_point(model, x, y, grid, attack=fgsm, batch_size=None, known=None):
     """The smallest eps of `grid` (ascending, in pixel units) at which `attack` breaks each image.
 
     `attack(model, x, y, eps)` gives images; it is run on the survivors only, and with
     `until_broken=True` if it has that option. `known`: eps → bool (N,), what has been found out
-    already (at 0: the clean image is wrong). `batch_size`: None for what suits the device. Returns
+    already (at 0: the clean image is wrong). `batch_size`: None for what suits the device; a random
+    attack draws batch by batch, so that its result depends on it. Returns
     float64 (N,) on the device of `x`: 0 where the clean image is wrong already, inf where no eps
     breaks it."""
     grid, (x, y), known = [float(eps) for eps in grid], check_images(x, y), dict(known or {})

@@ -188,7 +188,7 @@ def reliability(probs, labels, n_bins=15, binning="width"):
                      accuracy_high=np.minimum((center + half) / (n + z * z), 1))
     return pd.DataFrame(table)
 
-# %% ../nbs/instruments/calibration.ipynb #e55c3a93
+# %% ../nbs/instruments/calibration.ipynb #534d1182
 LOWEST, HIGHEST = 0.01, 100.0   # bounds of the factor α; a temperature is its inverse
 
 
@@ -198,11 +198,11 @@ def _best_scale(u, v, labels):
         p = _softmax(alpha * u + v, axis=1)
         return float(((p * u).sum(1) - u[np.arange(len(labels)), labels]).mean())
     u = u - u.max(1, keepdims=True)
-    low, high = slope(LOWEST), slope(HIGHEST)
-    if low >= 0 >= high:   # flat: every factor fits equally well, so nothing is changed
+    if not u.any():   # flat: every factor fits equally well, so nothing is changed
         return 1.0, False
+    low, high = slope(LOWEST), slope(HIGHEST)
     if low >= 0 or high <= 0:
-        return (LOWEST if low >= 0 else HIGHEST), True
+        return (HIGHEST if high <= 0 else LOWEST), True
     return brentq(slope, LOWEST, HIGHEST, xtol=1e-12, rtol=1e-12), False
 
 
@@ -265,7 +265,7 @@ class FeatureScaling:
                              f"but it is {b.shape}")
         return b
 
-# %% ../nbs/instruments/calibration.ipynb #d98062b8
+# %% ../nbs/instruments/calibration.ipynb #48f7d154
 class CrossFit(NamedTuple):
     """`probs` (N, K), each row scaled by what the other half fitted; `scalers`, the two fitted."""
     probs: object
@@ -285,6 +285,8 @@ def cross_fit(scaler_factory, logits, labels, bias=None, seed=0):
 
     `scaler_factory` is `TemperatureScaling`, or `FeatureScaling`, which needs the `bias` (K,).
     """
+    if scaler_factory is FeatureScaling and bias is None:
+        raise ValueError("FeatureScaling needs the bias (K,) of the head, but none was given")
     s, y = _checked_logits(logits, labels)
     head = () if bias is None else (to_numpy(bias, float),)
     probs, scalers, (one, two) = np.empty_like(s), [], halves(len(s), seed)

@@ -33,7 +33,7 @@ def span_projector(weight):
     basis = span_basis(weight)
     return like(basis.T @ basis, weight)
 
-# %% ../nbs/instruments/centers.ipynb #0eb3fd23
+# %% ../nbs/instruments/centers.ipynb #61f079ef
 def _by_interior_point(rows, classes, radius, nonnegative):
     "`interior_point` in coordinates of the span, where that is smaller."
     basis = np.eye(rows.V.shape[1]) if nonnegative else span_basis(rows.V)
@@ -42,26 +42,28 @@ def _by_interior_point(rows, classes, radius, nonnegative):
 
 
 def _least(rows, radius, nonnegative):
-    "Points of least loss (K, d), and whether they are inside the ball (K,), of every class."
+    "Points of least loss (K, d) of every class."
     K, d = rows.V.shape
-    points, inside, open_classes = np.zeros((K, d)), np.zeros(K, bool), np.arange(K)
+    points, open_classes = np.zeros((K, d)), np.arange(K)
+    at_origin = duality_gap(rows, open_classes, points, 1.0, nonnegative) <= 1e-12
+    open_classes = open_classes[~at_origin]
     ways = [(_by_interior_point, 2e7 / (K * min(K, d)))]
     if K * min(K, d) > 3e4:
         ways.insert(0, (newton, 4e6 / max(K, d)))
         if d > K / 2 and not nonnegative:
             ways.insert(0, (partial(newton, by_weights=True), 4e6 / K))
     for way, size in ways:
+        if not len(open_classes):
+            break
         left = []
         for at in range(0, len(open_classes), max(1, int(size))):
             block = open_classes[at:at + max(1, int(size))]
-            points[block], gap, inside[block] = way(rows, block, radius, nonnegative)
+            points[block], gap = way(rows, block, radius, nonnegative)
             left.append(block[~(gap <= 1e-9 * radius * rows.reach()[block])])
         open_classes = np.concatenate(left)
-        if not len(open_classes):
-            break
-    return points, inside
+    return points
 
-# %% ../nbs/instruments/centers.ipynb #bc0d6213
+# %% ../nbs/instruments/centers.ipynb #e107836b
 class Centers(NamedTuple):
     """`centers` (K, d); `certificate` (K,), relative gaps; `interior` (K,), true inside the ball."""
     centers: object
@@ -78,8 +80,6 @@ def class_centers(weight, bias, radius, nonnegative=False):
     """
     W, b = check_head(weight, bias)
     radius = float(radius)
-    if not (np.isfinite(W).all() and np.isfinite(b).all()):
-        raise ValueError("weight and bias must be finite")
     if not (0 < radius < np.inf):
         raise ValueError(f"radius must be finite and above 0, but it is {radius}")
     equal = np.unique(W, axis=0, return_inverse=True)[1].ravel()
@@ -88,7 +88,8 @@ def class_centers(weight, bias, radius, nonnegative=False):
     rows = Rows(W - W.mean(0), b, equal)
     reach = rows.reach()
     rows, limit = rows._replace(V=rows.V / reach.max()), radius * reach.max()
-    z, interior = _least(rows, limit, nonnegative)
+    z = _least(rows, limit, nonnegative)
+    interior = np.linalg.norm(z, axis=1) < limit * (1 - 1e-9)
     gap = duality_gap(rows, np.arange(len(W)), z, limit, nonnegative)
     certificate = np.maximum(gap, 0) / np.maximum(radius * reach, 1)
     if not certificate.max() < 1e-8:

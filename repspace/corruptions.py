@@ -89,17 +89,19 @@ def corrupt(images, name, severity, seed=0):
     apply, strengths = STRENGTHS[name]
     return apply(images, strengths[int(severity) - 1], seed)
 
-# %% ../nbs/instruments/corruptions.ipynb #83ff9e2a
+# %% ../nbs/instruments/corruptions.ipynb #958d64e4
 def over_severities(model, images, labels, names=CORRUPTIONS, severities=SEVERITIES, seed=0,
                     batch_size=512, n_bins=15):
     """Table of corruption, severity, accuracy, ece: a row for each of `names` × `severities`.
 
     `model` gives logits (n, K) for images (n, C, H, W); a module is in evaluation mode meanwhile
     and then as it was. `images` (N, C, H, W) floats in [0, 1], `labels` int64 (N,)."""
+    names, severities = list(names), list(severities)
     _check(images, names, severities)
     images, labels = check_images(images, labels)
-    if not len(images):
-        raise ValueError("there are no images to corrupt")
+    if not (len(images) and names and severities):
+        raise ValueError("there are no images, names or severities to judge: they are "
+                         f"{len(images)}, {len(names)} and {len(severities)}")
 
     def judged(name, severity):
         logits = logits_of(model, corrupt(images, name, severity, seed), batch_size)

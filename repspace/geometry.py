@@ -200,15 +200,15 @@ def loss_gradient(weight, bias, features, labels):
     p[np.arange(len(Z)), _labels(labels, len(Z), len(W))] -= 1
     return like(p @ W, features)
 
-# %% ../nbs/instruments/geometry.ipynb #1f0924b2
+# %% ../nbs/instruments/geometry.ipynb #a2373a49
 def plane_axes(axis1, axis2):
     """Orthonormal rows (2, d): the direction of `axis1` (d,), and of what `axis2` (d,) adds."""
     u, v = to_numpy(axis1, float), to_numpy(axis2, float)
     if u.ndim != 1 or u.shape != v.shape:
         raise ValueError(f"the axes must be two vectors (d,), but they are {u.shape} and {v.shape}")
     rest = v - u * (u @ v) / max(u @ u, 1e-300)
-    if not np.linalg.norm(rest) > 1e-9 * np.linalg.norm(v):
-        raise ValueError("the axes must point in two directions, but one is a multiple of one")
+    if not (u.any() and np.linalg.norm(rest) > 1e-9 * np.linalg.norm(v)):
+        raise ValueError("the axes must point in two directions, but one is a multiple of the other")
     return np.stack([u / np.linalg.norm(u), rest / np.linalg.norm(rest)])
 
 

@@ -97,7 +97,7 @@ def _row(check, value=math.nan, threshold=math.nan, pgd=math.nan, other=math.nan
     return dict(check=check, pgd=pgd, other=other, value=value, threshold=threshold, raised=raised,
                 reason=reason)
 
-# %% ../nbs/instruments/masking.ipynb #5f2cc7b1
+# %% ../nbs/instruments/masking.ipynb #ea080d2d
 def diagnose(model, x, y, eps, surrogates=(), loss=cross_entropy, images=500, steps=(20, 100),
              n_queries=1000, batch_size=None, seed=0):
     """Six signs of masking at the L∞ limit `eps`: a table with a row for each, indexed by `check`.
@@ -113,6 +113,7 @@ def diagnose(model, x, y, eps, surrogates=(), loss=cross_entropy, images=500, st
     it was. `ValueError` if it has no image right, or no gradient leads through it.
     Athalye, Carlini, Wagner: Obfuscated gradients give a false sense of security, 2018."""
     eps, (x, y) = check_eps(eps), check_images(x, y)
+    if not eps: raise ValueError("eps must be above 0: at 0 there is nothing to mask")
     batch_size = batch_size or chunk_size(x)
     surrogates = [surrogates] if isinstance(surrogates, nn.Module) else surrogates
     x, y, logits = _right_ones(model, x, y, images, batch_size, seed)

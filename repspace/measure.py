@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'Settings', 'settings', 'Vectors', 'vectors', 'Seen', 'look', 'predicted', 'calibrated', 'magnitude',
-           'cosines', 'clean_statistics', 'center_correlations', 'cones', 'cones_by_class', 'attack_functions',
-           'Attacked', 'attacked', 'curve', 'displacements', 'pearson', 'robustness', 'sample_table', 'logit_arrays',
-           'head_arrays', 'Measured', 'plain', 'run']
+           'cosines', 'clean_statistics', 'center_correlations', 'collapsed', 'cones', 'cones_by_class',
+           'attack_functions', 'Attacked', 'attacked', 'curve', 'displacements', 'pearson', 'robustness',
+           'sample_table', 'logit_arrays', 'head_arrays', 'Measured', 'plain', 'run']
 
 # %% ../nbs/instruments/measure.ipynb #b150bd10
 import math
@@ -71,7 +71,7 @@ def vectors(classifier, images_and_labels):
         raise ValueError("features or logits are not finite: nothing can be measured on this net")
     return Vectors(features.astype(float), logits.astype(float), labels)
 
-# %% ../nbs/instruments/measure.ipynb #05c7b605
+# %% ../nbs/instruments/measure.ipynb #0fc27f49
 @dataclass(frozen=True)
 class Seen:
     """A head and its `Vectors` of the test and training images, with what follows from them."""
@@ -90,6 +90,9 @@ class Seen:
     def predictions(self): return self.test.logits.argmax(1)
     @cached_property
     def radius(self): return float(np.median(np.linalg.norm(self.train.features, axis=1)))
+    @cached_property
+    def span_radius(self):
+        return float(np.median(np.linalg.norm(self.train.features @ self.projector, axis=1)))
     @cached_property
     def class_means(self):
         return geometry.class_means(self.train.features, self.train.labels, len(self.bias))
@@ -118,7 +121,7 @@ def predicted(seen):
         "no_bias_accuracy": (unbiased == labels).mean(),
         "no_bias_agreement": (unbiased == seen.predictions).mean()}
 
-# %% ../nbs/instruments/measure.ipynb #243c3b0f
+# %% ../nbs/instruments/measure.ipynb #95a70257
 def calibrated(seen, seed, floor_draws=200):
     """Calibration errors, their floor, and the same after temperature and feature scaling."""
     p, labels, logits = seen.probs, seen.test.labels, seen.test.logits
@@ -134,9 +137,11 @@ def calibrated(seen, seed, floor_draws=200):
         "ece_classwise": calibration.classwise_calibration_error(p, labels),
         "confidence_gap": calibration.confidence_gap(p, labels),
         "temperature": np.mean([s.temperature for s in by_temperature.scalers]),
+        "temperature_at_bound": np.mean([s.at_bound for s in by_temperature.scalers]),
         "ece_temperature": error(by_temperature.probs, labels),
         "nll_temperature": calibration.nll(by_temperature.probs, labels),
         "feature_scale": np.mean([s.scale for s in by_scale.scalers]),
+        "feature_scale_at_bound": np.mean([s.at_bound for s in by_scale.scalers]),
         "ece_feature_scale": error(by_scale.probs, labels),
         "nll_feature_scale": calibration.nll(by_scale.probs, labels)}
 
@@ -184,20 +189,32 @@ def clean_statistics(classifier, dataset):
               geometry.alignment(seen.span, centers, labels).mean())
     return {f"{name}_clean_bn": value for name, value in zip(names, values)}
 
-# %% ../nbs/instruments/measure.ipynb #3ffa0587
+# %% ../nbs/instruments/measure.ipynb #df40eadc
 def center_correlations(seen):
-    """Correlations of closeness with confidence: `center_r_{kind}`, `center_r_predicted_{kind}`."""
-    scalars, net = {}, (seen.weight, seen.bias, seen.test.features)
+    """Correlations of closeness with confidence: `center_r_{kind}`, `center_r_predicted_{kind}`.
+
+    In the span, `center_r_span_{kind}` and `center_r_span_predicted_{kind}`."""
+    scalars = {}
     for kind, centers in seen.centers.items():
-        whole, own = geometry.center_correlation(*net, centers)
-        scalars |= {f"center_r_{kind}": whole, f"center_r_predicted_{kind}": own}
+        for part, z, c in (("", seen.test.features, centers),
+                           ("span_", seen.span, centers @ seen.projector)):
+            whole, own = geometry.center_correlation(seen.weight, seen.bias, z, c)
+            scalars |= {f"center_r_{part}{kind}": whole, f"center_r_{part}predicted_{kind}": own}
     return scalars
 
-# %% ../nbs/instruments/measure.ipynb #0c3924d9
+# %% ../nbs/instruments/measure.ipynb #382f3604
+def collapsed(seen):
+    """Neural collapse of the training vectors, as in `geometry.NeuralCollapse`: `nc_{name}`."""
+    found = geometry.neural_collapse(seen.train.features, seen.train.labels, seen.weight)
+    return {f"nc_{name}": value for name, value in found._asdict().items()}
+
+# %% ../nbs/instruments/measure.ipynb #2634501f
 def cones(seen, directions, seed, prefix=""):
     """Degree of cone, entry distance and open share, for test vectors and random directions."""
-    draw = partial(geometry.random_directions, seen.weight, directions, seen.radius, seed)
-    rays = {"test": seen.test.features, "sphere": draw(), "nonnegative": draw(nonnegative=True)}
+    draw = partial(geometry.random_directions, seen.weight, directions, seed=seed)
+    rays = {"test": seen.test.features, "sphere": draw(seen.radius),
+            "sphere_span": draw(seen.span_radius),
+            "nonnegative": draw(seen.radius, nonnegative=True)}
     scalars = {}
     for name, vectors in rays.items():
         found = geometry.cone_degree(seen.weight, seen.bias, vectors)
@@ -343,7 +360,7 @@ def head_arrays(seen, before):
             for prefix, one in (("", seen), ("untrained.", before))
             for name in ("weight", "bias", "class_means")}
 
-# %% ../nbs/instruments/measure.ipynb #de094fb0
+# %% ../nbs/instruments/measure.ipynb #20e599e0
 class Measured(NamedTuple):
     """What a record holds beside the recipe: see `run`."""
     scalars: dict
@@ -373,6 +390,7 @@ def run(classifier, untrained, dataset, regularizer, seed, settings, surrogates=
     scalars = (predicted(seen) | calibrated(seen, seed, settings.floor_draws)
                | magnitude(seen, regularizer) | {name: c.mean() for name, c in cosine.items()}
                | clean_statistics(classifier, dataset) | center_correlations(seen)
+               | collapsed(seen)
                | cones(seen, settings.directions, seed)
                | cones(before, settings.directions, seed, "untrained_")
                | robustness(cosine, found, moves, settings))

@@ -24,8 +24,8 @@ from . import compact
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/instruments/records.ipynb #47ff20a4
-SCHEMA = 1
+# %% ../nbs/instruments/records.ipynb #ee0c0942
+SCHEMA = 2
 FILES = ("run.json", "samples.parquet", "logits.safetensors", "head.safetensors")
 IDENTITY = ("data", "model", "feature_dim", "regularizer", "recipe", "seed", "measures")
 

@@ -127,12 +127,11 @@ def _step(x, d, others, nonnegative):
     moved = [v + dv * stride.reshape(-1, *[1] * (v.ndim - 1)) for v, dv in zip(x[:-1], d[:-1])]
     return _State(*moved, stride)
 
-# %% ../nbs/instruments/solvers.ipynb #4112558f
+# %% ../nbs/instruments/solvers.ipynb #2428a32b
 class Found(NamedTuple):
-    """Of some classes: the best points (k, n), their gaps (k,), true if inside the ball (k,)."""
+    """Of some classes: the best points (k, n) and their gaps (k,)."""
     points: np.ndarray
     gap: np.ndarray
-    interior: np.ndarray
 
 
 def interior_point(rows, classes, radius, nonnegative=False, steps=60, goal=1e-12):
@@ -143,17 +142,16 @@ def interior_point(rows, classes, radius, nonnegative=False, steps=60, goal=1e-1
     """
     V, reach, beta = rows.V, rows.reach()[classes], rows.shifts(classes)
     own, others = V[classes], np.isfinite(beta)
-    best, gap, interior = np.zeros_like(own), np.full(len(own), np.inf), np.zeros(len(own), bool)
+    best, gap = np.zeros_like(own), np.full(len(own), np.inf)
     x, live = _start(V, own, others, beta, radius, nonnegative), np.arange(len(own))
     for _ in range(steps):
         size = np.linalg.norm(x.z, axis=1, keepdims=True)
         outward = radius / np.maximum(size, 1e-300)
-        for inside, point in ((False, x.z * outward), (True, x.z * np.minimum(outward, 1))):
+        for point in (x.z * outward, x.z * np.minimum(outward, 1)):
             g = duality_gap(rows, classes[live], point, radius, nonnegative)
             better = (g < gap[live]) & (gap[live] > goal * radius * reach[live])
             at = live[better]
             best[at], gap[at] = point[better], g[better]
-            interior[at] = inside & (size[better, 0] < radius)
         keep = gap[live] > goal * radius * reach[live]
         live = live[keep]
         if not len(live):
@@ -161,7 +159,7 @@ def interior_point(rows, classes, radius, nonnegative=False, steps=60, goal=1e-1
         x = _State(*(v[keep] for v in x))
         rest = own[live], beta[live], others[live]
         x = _step(x, _direction(x, V, *rest, radius, nonnegative), others[live], nonnegative)
-    return Found(best, gap, interior)
+    return Found(best, gap)
 
 # %% ../nbs/instruments/solvers.ipynb #8e7edf19
 class _Space(NamedTuple):
@@ -240,7 +238,7 @@ def _line_search(rows, space, classes, z, x, f, slope, radius, inside, nonnegati
         length[todo] /= 2
     return new, still
 
-# %% ../nbs/instruments/solvers.ipynb #442b199a
+# %% ../nbs/instruments/solvers.ipynb #20648544
 def newton(rows, classes, radius, nonnegative=False, by_weights=False, steps=60, goal=1e-12):
     """Points of least f in the ball for `classes` (k,) of `rows` → `Found`.
 
@@ -250,7 +248,7 @@ def newton(rows, classes, radius, nonnegative=False, by_weights=False, steps=60,
     """
     space = (_by_weights if by_weights else _in_coordinates)(rows.V)
     k, live = len(classes), np.arange(len(classes))
-    found = Found(np.zeros((k, rows.V.shape[1])), np.full(k, np.inf), np.zeros(k, bool))
+    found = Found(np.zeros((k, rows.V.shape[1])), np.full(k, np.inf))
     reach, own = rows.reach()[classes, None], np.eye(len(rows.b))[classes]
     r = np.full((k, 1), min(radius, 4.0))
     z = space.lift(own - softmax(rows.shifts(classes), axis=1))
@@ -264,7 +262,6 @@ def newton(rows, classes, radius, nonnegative=False, by_weights=False, steps=60,
         done = (gap <= goal * radius * reach[live])[:, 0] | (step == steps - 1)
         found.points[live[done]] = z[0, done] @ rows.V if by_weights else z[0, done]
         found.gap[live[done]] = gap[done, 0]
-        found.interior[live[done]] = (inside | (r < radius))[done, 0]
         inside = inside | (inward > 0)
         keep = ~done & ~(by_weights & inside[:, 0])
         if not keep.any():

@@ -78,10 +78,11 @@ def _above(m): return stats.region(-m, m, "above")
 def _below(m): return stats.region(-m, m, "below")
 def _within(m, center=0): return stats.region(center - m, center + m, "inside")
 
-# %% ../nbs/instruments/statements.ipynb #ebe3c0f2
+# %% ../nbs/instruments/statements.ipynb #fdb06a1f
 _degree = ("At .9 the prediction lasts, on average, down to a tenth of a vector's length; at .8 a "
            "fifth of every ray lies outside its region.")
-_where = {"test": "test vectors", "sphere": "random directions",
+_where = {"test": "test vectors", "sphere": "random directions as long as z",
+          "sphere_span": "random directions as long as Pz",
           "nonnegative": "random non-negative directions"}
 
 def _cone(where, untrained=False):
@@ -94,15 +95,17 @@ def _cone(where, untrained=False):
 cones = Claim(
     "cones", "After training, the decision regions in representation space are cones with their apex "
     "at the origin; before training they are not.", "the abstract and the reviews", "cones",
-    (_cone("test"), _cone("sphere"), _cone("nonnegative"), _cone("test", True), _cone("sphere", True)))
+    (*(_cone(where) for where in _where),
+     *(_cone(where, True) for where in ("test", "sphere", "sphere_span"))))
 
-# %% ../nbs/instruments/statements.ipynb #8b4e0369
+# %% ../nbs/instruments/statements.ipynb #5155906b
 _twentieth = "A twentieth of a ray's length, half of what separates a cone from what is none."
 cones_anyway = Claim(
     "cones-anyway", "The regions are as cone-like with regularization as without it, and the biases of "
     "the head hardly matter.", "the abstract and the reviews", "cones",
     (*(Measure(f"cone_degree_{where}", f"change of the degree of cone, {_where[where]}", "difference",
-               f"cone_degree_{where}", _within(0.05), _twentieth) for where in ("test", "sphere")),
+               f"cone_degree_{where}", _within(0.05), _twentieth)
+       for where in ("test", "sphere", "sphere_span")),
      Measure("no_bias_accuracy", "change of accuracy without biases", "gap", "no_bias_accuracy",
              _within(0.01), "One image in a hundred, about the standard error of an accuracy of .9 on "
              "a thousand images.", "accuracy", "points"),
@@ -141,7 +144,7 @@ alignment = Claim(
      _cosine("alignment_span_clean_bn", " in the span, clean batch statistics, all images",
              "difference", only=_mixing)))
 
-# %% ../nbs/instruments/statements.ipynb #794cae7d
+# %% ../nbs/instruments/statements.ipynb #dd648365
 _rivals = {"centered_weight": "centered weight vector", "weight": "weight vector",
            "centered_mean": "centered class mean", "mean": "class mean"}
 _explains = "Where the correlation is about .8, .02 more explains three points more of the variance."
@@ -154,7 +157,9 @@ centers = Claim(
     "centers", "Closeness to the minimal-loss point of a class goes with confidence better than "
     "closeness to the class mean or to the weight vector.", "the reviews", "alignment",
     tuple(_rival(kind, prefix, where) for prefix, where in
-          (("center_r_", "all samples"), ("center_r_predicted_", "within predicted class"))
+          (("center_r_", "all samples"), ("center_r_predicted_", "within predicted class"),
+           ("center_r_span_", "in the span, all samples"),
+           ("center_r_span_predicted_", "in the span, within predicted class"))
           for kind in _rivals))
 
 # %% ../nbs/instruments/statements.ipynb #ec974771

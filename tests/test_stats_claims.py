@@ -1,4 +1,5 @@
 """Statistics, claims and figures: error rates by simulation, every verdict of every claim, SVG on a page."""
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -261,6 +262,8 @@ def test_recorded_scalars_follow_from_the_rows(digits, tmp_path):
 
 def test_studies_are_shown_where_there_are_records(tmp_path):
     """No CIFAR, two seeds of it, five seeds of it; the digits are published all along."""
+    results = tmp_path / "results"
+    shutil.copytree(records.results_root() / "digits", results / "digits")
     def write(seed, text):
         effect = 1.0 if text == "none" else 0.5
         run = dict(study="cifar10-cpu", condition=f"cifar10.resnet8.{text.replace(':', '-')}", seed=seed, data="cifar10",
@@ -270,19 +273,19 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
         run["identity"] = records.identity(run)
         samples = pd.DataFrame({"image": range(4), "label": 0, "prediction": 0, "subset": True})
         records.write(records.run_folder("cifar10-cpu", run["condition"], seed, tmp_path), run, samples, {}, {})
-    assert [study.name for study in findings.load(runs=tmp_path)] == ["digits"]
+    assert [study.name for study in findings.load(runs=tmp_path, results=results)] == ["digits"]
     for seeds, verdict in ((range(2), "open"), (range(2, 5), "supported")):
         for seed in seeds:
             for text in ("none", "mixup:1.0"):
                 write(seed, text)
-        studies = findings.load(runs=tmp_path)
+        studies = findings.load(runs=tmp_path, results=results)
         assert [study.name for study in studies] == ["digits", "cifar10-cpu"]
         ledger = findings.ledger(studies)
         assert set(ledger.query("study == 'cifar10-cpu' and measure == 'rms'")["verdict"]) == {verdict}
         assert f"- **cifar10-cpu: {verdict}.**" in claims.opening("magnitude", ledger).text
         assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
     assert "Made by version 0.0.9, commit abcdef1 (not today's code)." in studies[1].heading.text
-    alone = claims.ledger(records.load("digits"))
+    alone = claims.ledger(records.load("digits", results=results))
     together = ledger[ledger["study"] == "digits"].reset_index(drop=True)
     assert (alone["level"] == together["level"]).all(), "another study changes no study's verdicts"
 
