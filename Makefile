@@ -16,7 +16,8 @@ help:
 	@echo "make book                set up, run the digits studies, execute the chapters, render the site"
 	@echo "make test                set up, run all tests"
 	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it; ON=auto or"
-	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU"
+	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU,"
+	@echo "                         AFRESH=1 also those that are published"
 	@echo "make publish STUDY=digits  gather its records into results/, and bring README.md up to date"
 	@echo "make bench               time it beside what one would use instead; BENCH=--quick, BENCH=\"--only pgd\""
 	@echo "make setup               what the others begin with: .venv, with everything pinned"
@@ -46,7 +47,8 @@ test: $(READY)
 	@$(RUN) -m pytest
 
 study: $(READY)
-	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)" --on "$(ON)" $(if $(GPUS),--gpus "$(GPUS)")
+	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)" --on "$(ON)" \
+		$(if $(GPUS),--gpus "$(GPUS)") $(if $(AFRESH),--afresh)
 
 publish: $(READY)
 	@$(RUN) -m repspace.study publish "$(STUDY)"

@@ -283,7 +283,7 @@ def reproduction(study, runs=None, results=None):
             ledgers.append(ledger(records.load(study, source, runs, results)))
         except ValueError:
             return Reproduction(f"There are no {source} records of {study} here, so there is nothing to compare."
-                                f" `make study STUDY={study}` makes fresh ones.", pd.DataFrame())
+                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.", pd.DataFrame())
     rows = compare(*ledgers)
     seeds = [int(each["seeds"].max()) for each in ledgers]
     sentence = (f"{agreement(rows)} The first are the published verdicts ({seeds[0]} seeds), "

@@ -242,27 +242,35 @@ def do(jobs, places, tick):
             stop.set()
     return {what: why for future in futures for what, why in future.result().items()}
 
-# %% ../nbs/instruments/jobs.ipynb #448e4f21
+# %% ../nbs/instruments/jobs.ipynb #93d6966f
 class Progress:
     """How far the runs whose records go to `folders` have come, of `total` runs."""
 
     def __init__(self, name, total, folders):
         self.name, self.total, self.folders = name, total, folders
         self.before, self.start, self.shown = total - len(folders), time.monotonic(), 0.0
+        self.ended, self.last = 0, self.start   # runs that have ended, and when the last of them did
         self.bar = tqdm(total=total, initial=self.before, unit="run", desc=name,
                         disable=not sys.stderr.isatty())
 
     def count(self):
         """How many of the runs are made, and how many failed."""
-        return (sum(folder.is_dir() for folder in self.folders),
-                sum(records.failure(folder) is not None for folder in self.folders))
+        made = sum(folder.is_dir() for folder in self.folders)
+        failed = sum(records.failure(folder) is not None for folder in self.folders)
+        if made + failed != self.ended: self.ended, self.last = made + failed, time.monotonic()
+        return made, failed
+
+    def left(self):
+        """The seconds left at the pace until the last run that ended, less those since; or None."""
+        if not self.ended: return None
+        pace = (self.last - self.start) / self.ended
+        return max(0, pace * (len(self.folders) - self.ended) - (time.monotonic() - self.last))
 
     def text(self, running):
         """Where the study stands, with `running` runs in work, in a line."""
         made, failed = self.count()
-        ended, elapsed = made + failed, time.monotonic() - self.start
-        rest = len(self.folders) - ended
-        left = tqdm.format_interval(elapsed / ended * rest) if ended else "unknown"
+        rest, left = len(self.folders) - made - failed, self.left()
+        left = "unknown" if left is None else tqdm.format_interval(left)
         return (f"{self.name}: {self.before + made} of {self.total} runs done ({self.before} were "
                 f"there, {made} made), {min(running, rest)} running, {failed} failed, "
                 f"time left: {left}")

@@ -97,7 +97,7 @@ def _row(check, value=math.nan, threshold=math.nan, pgd=math.nan, other=math.nan
     return dict(check=check, pgd=pgd, other=other, value=value, threshold=threshold, raised=raised,
                 reason=reason)
 
-# %% ../nbs/instruments/masking.ipynb #ea080d2d
+# %% ../nbs/instruments/masking.ipynb #c68bec5a
 def diagnose(model, x, y, eps, surrogates=(), loss=cross_entropy, images=500, steps=(20, 100),
              n_queries=1000, batch_size=None, seed=0):
     """Six signs of masking at the L∞ limit `eps`: a table with a row for each, indexed by `check`.
@@ -109,8 +109,9 @@ def diagnose(model, x, y, eps, surrogates=(), loss=cross_entropy, images=500, st
     At most `images` of `x` (floats (N, C, H, W) in [0, 1], labels `y` (N,)), drawn by `seed`, are
     used; None: all. `surrogates`: a net or several that were not trained on `x`; the one that
     breaks most counts. `loss` as for `pgd`. An image costs three attacks of `steps[0]` steps, one
-    of `steps[1]` and one of `n_queries` queries, less where it breaks early. The model is left as
-    it was. `ValueError` if it has no image right, or no gradient leads through it.
+    of `steps[1]`, one of `n_queries` queries and one of 20 steps per surrogate, less where it
+    breaks early. The model is left as it was. `ValueError` if it has no image right, or no
+    gradient leads through it.
     Athalye, Carlini, Wagner: Obfuscated gradients give a false sense of security, 2018."""
     eps, (x, y) = check_eps(eps), check_images(x, y)
     if not eps: raise ValueError("eps must be above 0: at 0 there is nothing to mask")
