@@ -61,9 +61,10 @@ def _starts_without_bias(runs):
     except (OSError, KeyError, ValueError):
         return False
 
-# %% ../nbs/instruments/claims.ipynb #16ddc13e
+# %% ../nbs/instruments/claims.ipynb #db03677f
 def _rows(claim, pairs):
     """One dict per measure and condition of a claim, with the values per seed, not yet decided."""
+    without = set()
     for first, pair in pairs:
         regularizer = first["regularizer"].split(":")[0]
         for measure in claim.measures:
@@ -73,8 +74,10 @@ def _rows(claim, pairs):
             try:
                 found = values(measure, pair)
             except KeyError as missing:
-                log.warning("%s of claim %s is not judged: no column %s", measure.name, claim.id,
-                            missing)
+                if measure.name not in without:
+                    log.warning("%s of claim %s is not judged: no column %s", measure.name,
+                                claim.id, missing)
+                without.add(measure.name)
                 continue
             if not len(found):
                 continue
@@ -269,7 +272,7 @@ def agreement(comparison):
         "only in b": "are only in the second"}.items() if kind in counts]
     return "; ".join([f"{n} of {len(comparison)} verdicts are the same", *rest]) + "."
 
-# %% ../nbs/instruments/claims.ipynb #e2353795
+# %% ../nbs/instruments/claims.ipynb #c7a42114
 class Reproduction(NamedTuple):
     """How this machine's verdicts compare with the published ones: a sentence, and the rows."""
     sentence: str
@@ -283,7 +286,8 @@ def reproduction(study, runs=None, results=None):
             ledgers.append(ledger(records.load(study, source, runs, results)))
         except ValueError:
             return Reproduction(f"There are no {source} records of {study} here, so there is nothing to compare."
-                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.", pd.DataFrame())
+                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.",
+                                pd.DataFrame())
     rows = compare(*ledgers)
     seeds = [int(each["seeds"].max()) for each in ledgers]
     sentence = (f"{agreement(rows)} The first are the published verdicts ({seeds[0]} seeds), "
