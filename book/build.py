@@ -210,10 +210,10 @@ def condition_row(page_name, slug, folder):
 
 LAB = """# The lab log
 
-Every condition of a study is a notebook that was executed for this book: its parameters, its seeds, its
-training curves, what it left behind. A condition is a data set, an architecture, a regularizer and a
-recipe; each of its runs has a seed of its own. Nothing in the findings comes from anywhere but the
-records of such runs.
+A condition is a data set, an architecture, a regularizer and a recipe; each of its runs has a seed of its
+own. Here are those that were executed for this copy of the book, a notebook each: its parameters, its
+seeds, its training curves, what it left behind. Studies that were run elsewhere are in the findings by
+their published records, and not here.
 """
 LAB_EMPTY = """
 No condition has been executed in this folder yet: the findings of this copy of the book read the published
