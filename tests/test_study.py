@@ -41,9 +41,10 @@ def define(place, **changes):
 
 
 def start(place, *words):
-    """`python -m repspace.study tiny.yaml` as a process."""
+    """`python -m repspace.study tiny.yaml` as a process; Ctrl+C reaches it, also where tests run in the background."""
     return subprocess.Popen([sys.executable, "-m", "repspace.study", "tiny.yaml", *words], cwd=place, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def finish(process):
