@@ -198,7 +198,7 @@ def condition_order(path):
 
 def condition_row(page_name, slug, folder):
     """One row of the lab log, from the run.json files of a condition."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json")) if path.parent.name.isdigit()]
     failed = len(list(folder.glob("*.failed.json")))
 
     def mean(get):

@@ -9,7 +9,8 @@ __all__ = ['log', 'min_seeds', 'default_min_seeds', 'ledger_columns', 'ledger', 
            'finite_norm', 'get', 'kinds', 'magnitude', 'paired_kinds', 'robustness', 'scaling', 'toward_origin',
            'values']
 
-# %% ../nbs/instruments/claims.ipynb #362a7aea
+# %% ../nbs/instruments/claims.ipynb #d3005706
+import json
 import logging
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,13 +31,34 @@ _all_ = ["CLAIMS", "Claim", "Measure", "Pair", "accuracy", "alignment", "calibra
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/instruments/claims.ipynb #35000b62
+# %% ../nbs/instruments/claims.ipynb #d97c4296
 min_seeds = {"digits": 10}
 default_min_seeds = 5
 _family = ["study", "data", "model", "feature_dim"]
 
+def _of_one_recipe(recorded):
+    """`recorded` without the runs of a network whose recipe is not that of most of its runs."""
+    if "recipe" not in recorded.runs: return recorded
+    odd = []
+    for name, group in recorded.runs.groupby(_family, dropna=False):
+        recipes = [recipe or {} for recipe in group["recipe"]]
+        shared = sorted(set.intersection(*map(set, recipes)))
+        texts = pd.Series([json.dumps({k: r[k] for k in shared}) for r in recipes], group.index)
+        usual = texts.mode()[0]
+        odd += list(group.index[texts != usual])
+        for other in sorted(set(texts) - {usual}):
+            log.warning("%s, %s: %d runs with the recipe %s are not judged, beside %d with %s; "
+                        "`make study` makes what is missing", name[0], name[2],
+                        (texts == other).sum(), other, (texts == usual).sum(), usual)
+    if not odd: return recorded
+    names, samples = ["condition", "seed"], recorded.samples
+    left_out = pd.MultiIndex.from_frame(recorded.runs.loc[odd, names])
+    kept = ~pd.MultiIndex.from_frame(samples[names]).isin(left_out)
+    return records.Records(recorded.runs.drop(index=odd), samples[kept])
+
 def _pairs(recorded):
     """(first run, Pair) per condition, plain ones too, in the order of the palette within a model."""
+    recorded = _of_one_recipe(recorded)
     runs, (_, needed) = recorded.runs.sort_values("model", kind="stable"), columns()
     names = ["condition", "seed", "image", "label", "prediction", "subset", *needed]
     by_condition = dict(list(recorded.samples.filter(names).groupby("condition")))

@@ -150,7 +150,7 @@ def _peak_memory_mb():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10), 1)
 
-# %% ../nbs/instruments/condition.ipynb #2d93f6bd
+# %% ../nbs/instruments/condition.ipynb #02f2a0b8
 def missing_seeds(study, condition, seeds, runs=None, published=True):
     """Those of `seeds` that `condition` has no record for in `study`; sets other records aside."""
     shared, missing = records.published_identities(study) if published else {}, []
@@ -161,7 +161,8 @@ def missing_seeds(study, condition, seeds, runs=None, published=True):
             try: found, why = records.check(folder)["identity"], "was made with other settings"
             except ValueError as error: found, why = None, str(error)
             if found == wanted: continue
-            log.warning("%s: %s; it is kept as %s", folder, why, records.set_aside(folder).name)
+            try: log.warning("%s: %s; it is kept as %s", folder, why, records.set_aside(folder).name)
+            except FileNotFoundError: pass   # another process, with the same study, was faster
         if shared.get((condition.slug, seed)) != wanted: missing.append(seed)
     return missing
 
@@ -184,13 +185,24 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/condition.ipynb #6119ed3d
+# %% ../nbs/instruments/condition.ipynb #e71a8677
+def _drop_damaged(checkpoint):
+    """Remove a `checkpoint` that cannot be read: what a machine leaves whose power fails."""
+    from safetensors import SafetensorError, safe_open
+    if not checkpoint.exists(): return
+    try:
+        with safe_open(checkpoint, "pt") as f: json.loads(f.metadata()["training"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        log.warning("%s is damaged (%s): training from the beginning", checkpoint, error)
+        checkpoint.unlink()
+
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     from repspace import regularize, train
     from safetensors.torch import save
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
     checkpoint = path.with_name(f"{path.stem}.{provenance()['code']}.checkpoint")
+    _drop_damaged(checkpoint)
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
                         regularize.get(condition.regularizer), seed, train.here(),
                         checkpoint=checkpoint)
@@ -299,13 +311,14 @@ def note_failed(folder, reason, **details):
     try: records.mark_failed(folder, reason, **details)
     except OSError as error: log.warning("that %s failed cannot be noted: %s", folder, error)
 
-# %% ../nbs/instruments/condition.ipynb #8f750bee
+# %% ../nbs/instruments/condition.ipynb #cf62d6d2
 def _attempt(condition, seed, study, runs):
     folder = records.run_folder(study, condition.slug, seed, runs)
     records.clear_failed(folder)
     start = time.perf_counter()
     try:
         status, reason = _make(condition, seed, study, runs), None
+        records.clear_failed(folder)   # what another process may have noted meanwhile
     except Exception as error:
         status, reason = "failed", why(error, folder)
         note_failed(folder, reason, traceback=traceback.format_exc())

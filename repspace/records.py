@@ -205,7 +205,7 @@ def check(folder):
     """`read_run`, with a look at the record's other files; `ValueError` naming a damaged one."""
     return _read_fresh(folder)[0]
 
-# %% ../nbs/instruments/records.ipynb #09e377b7
+# %% ../nbs/instruments/records.ipynb #e330c704
 def _marker(folder): return Path(folder).with_name(f"{Path(folder).name}.failed.json")
 
 def mark_failed(folder, reason, **details):
@@ -219,14 +219,19 @@ def clear_failed(folder):
 def failure(folder):
     """Why the run of `folder` failed, or None."""
     path = _marker(folder)
-    return str(_named(path, _read_json).get("reason")) if path.exists() else None
+    if not path.exists(): return None
+    try: return str(_named(path, _read_json).get("reason"))
+    except ValueError as error:
+        if isinstance(error.__cause__, FileNotFoundError): return None   # cleared meanwhile
+        raise
 
-# %% ../nbs/instruments/records.ipynb #9b7207cd
+# %% ../nbs/instruments/records.ipynb #c7d972f0
 def failed(study, runs=None):
     """The failed runs of `study` as a table: condition, seed, reason."""
     markers = _runs(runs).joinpath(check_slug(study)).glob("*/*.failed.json")
     folders = [path.with_name(path.name.removesuffix(".failed.json")) for path in markers]
-    rows = sorted((f.parent.name, int(f.name), failure(f)) for f in folders if f.name.isdigit())
+    rows = sorted((f.parent.name, int(f.name), failure(f)) for f in folders
+                  if f.name.isdigit() and not f.is_dir())
     return pd.DataFrame(rows, columns=["condition", "seed", "reason"])
 
 # %% ../nbs/instruments/records.ipynb #545df5de

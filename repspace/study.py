@@ -140,15 +140,14 @@ class Outcome(NamedTuple):
         return "\n".join([head, *(f"  failed: {row.condition}, {row.what}: {row.reason}"
                                   for row in self.failed.itertuples())])
 
-# %% ../nbs/instruments/study.ipynb #170e3949
+# %% ../nbs/instruments/study.ipynb #f80d4ff4
 def _start(study, runs, published, here):
     """The missing runs of `study`, [(condition, seed, folder)]; forgets earlier failures."""
-    from repspace import data
     missing = [(condition, seed, records.run_folder(study.name, condition.slug, seed, runs))
                for condition in study.conditions
                for seed in missing_seeds(study.name, condition, study.seeds, runs, published)]
     for _, _, folder in missing: records.clear_failed(folder)
-    for name in {condition.data for condition, _, _ in missing if here}: data.load(name)
+    for name in {condition.data for condition, _, _ in missing if here}: jobs.fetch_data(name)
     return missing
 
 def _outcome(study, missing, reasons, before, begun):

@@ -64,7 +64,9 @@ def when_made(place):
 def litter(place):
     """What is left below runs/ that is neither a record, nor weights, nor a lock."""
     files = [p for p in place.glob("runs/**/*") if p.is_file() and not p.name.endswith(".lock")]
-    return [p for p in files if p.name not in records.FILES and p.suffix != ".safetensors"]
+    whole = [p for p in files if p.parent.name.partition(".")[0].isdigit() and p.name in records.FILES
+             or p.parent.name == "weights" and p.suffix == ".safetensors"]
+    return [p for p in files if p not in whole]
 
 
 # A disk that is full

@@ -285,10 +285,25 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
         assert f"- **cifar10-cpu: {verdict}.**" in claims.opening("magnitude", ledger).text
         assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
     assert "Made by version 0.0.9, commit abcdef1 (not today's code)." in studies[1].heading.text
-    alone = claims.ledger(records.load("digits", results=results))
+    alone = claims.ledger(records.load("digits", runs=tmp_path, results=results))
     together = ledger[ledger["study"] == "digits"].reset_index(drop=True)
     assert (alone["level"] == together["level"]).all(), "another study changes no study's verdicts"
 
 
 def test_a_study_of_the_plane_is_not_judged():
     assert "digits-2d" in records.studies("published") and all(s.name != "digits-2d" for s in findings.load("published"))
+
+
+def test_runs_of_another_recipe_are_not_paired_with_the_rest(caplog):
+    published = records.load("digits", "published")
+    runs = published.runs.copy()
+    changed = runs.index[(runs["model"] == "tiny-cnn") & (runs["regularizer"] == "none") & (runs["seed"] < 3)]
+    for index in changed:
+        runs.at[index, "recipe"] = runs.at[index, "recipe"] | {"epochs": 15}
+        runs.loc[index, "accuracy"] = 0.1
+    ledger = claims.ledger(records.Records(runs, published.samples))
+    row = ledger[(ledger["claim"] == "accuracy") & (ledger["model"] == "tiny-cnn")].iloc[0]
+    assert row["seeds"] == 7 and row["missing"] == 3 and row["verdict"] == "open" and abs(row["effect"]) < 0.1
+    assert "3 runs with the recipe" in caplog.text and '"epochs": 15' in caplog.text
+    images = ledger[(ledger["measure"] == "cos_label") & (ledger["model"] == "tiny-cnn")]
+    assert len(images) and (images["seeds"] == 7).all()

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from repspace import jobs, measure, records, study
-from repspace.condition import Condition, run_condition, surrogate_paths
+from repspace.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -236,6 +236,16 @@ def test_a_damaged_record_is_made_again(place, caplog):
     (place / "runs" / "tiny" / PLAIN / "0" / "samples.parquet").write_bytes(b"PAR1")
     assert make() == ["remeasured"] and "samples.parquet is damaged" in caplog.text
     assert make() == ["done"]
+
+
+def test_a_damaged_checkpoint_costs_its_training_and_no_run(place, caplog):
+    condition = Condition("digits", "tiny-cnn", "none", RECIPE)
+    weights = weights_path(condition, 0, place / "runs")
+    weights.parent.mkdir(parents=True)
+    damaged = weights.with_name(f"{weights.stem}.{provenance()['code']}.checkpoint")
+    damaged.write_bytes(b"half a checkpoint")
+    assert run_condition(condition, [0], "tiny", place / "runs", progress=False)["status"].item() == "made"
+    assert f"{damaged} is damaged" in caplog.text and not damaged.exists()
 
 
 def test_published_runs_count_unless_asked_for_afresh(place):
