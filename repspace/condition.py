@@ -185,7 +185,7 @@ def _restore(classifier, path):
     with safe_open(path, "pt") as f:
         return json.loads(f.metadata()["training"])
 
-# %% ../nbs/instruments/condition.ipynb #e71a8677
+# %% ../nbs/instruments/condition.ipynb #c8a82134
 def _drop_damaged(checkpoint):
     """Remove a `checkpoint` that cannot be read: what a machine leaves whose power fails."""
     from safetensors import SafetensorError, safe_open
@@ -211,7 +211,8 @@ def _train(condition, dataset, seed, path):
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     content = save(state, {"training": json.dumps(training)})
     records.write_file(path, lambda to: to.write_bytes(content))
-    for left in path.parent.glob(f"{path.stem}.*.checkpoint*"): left.unlink(missing_ok=True)
+    for pattern in (f"{path.stem}.*.checkpoint*", f".{path.name}.*"):
+        for left in path.parent.glob(pattern): left.unlink(missing_ok=True)
     return classifier.cpu(), training
 
 # %% ../nbs/instruments/condition.ipynb #51e0dcd1

@@ -184,7 +184,8 @@ def test_a_training_that_is_killed_goes_on_to_the_same_end(place):
     stopped.kill()
     stopped.communicate()
     left, = place.glob("runs/stopped/weights/*.checkpoint")
-    left.with_name(f"{left.name}.1").write_bytes(b"half")   # what a process leaves that is killed while it writes
+    for name in (f"{left.name}.1", f".{left.name.partition('.')[0]}.safetensors.0123456789ab"):
+        left.with_name(name).write_bytes(b"half")   # what a process leaves that is killed while it writes
     again = begin("runs/stopped")
     said = again.communicate(timeout=240)[1]
     assert again.returncode == 0, said
