@@ -58,8 +58,10 @@ bench: $(READY)
 	@$(RUN) -m benchmarks $(BENCH)
 
 export: $(READY)
+	@find repspace -mindepth 1 -name '*.py' ! -path repspace/__init__.py -delete   # nbdev keeps what no notebook exports
 	@$(VENV)/bin/nbdev_export
 	@$(VENV)/bin/nbdev_clean
 
 clean:
-	rm -rf _build .pytest_cache repspace/__pycache__ tests/__pycache__ book/__pycache__ benchmarks/__pycache__ repspace.egg-info
+	rm -rf _build .pytest_cache repspace.egg-info
+	find repspace tests book benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ import torch
 import torchattacks
 
 from repspace import attacks, data, regularize, train
-from repspace.autoattack import auto_attack
+from repspace.attacks.auto import auto_attack
 
 from .race import race, row, torch_profile
 from .sample import images

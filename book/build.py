@@ -50,7 +50,8 @@ def stop(text):
 def chapters():
     """Names of the pages in _toc.yml, in its order."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    names = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    pages = [page for part in toc["parts"] for page in part["chapters"]]
+    names = [toc["root"]] + [each["file"] for page in pages for each in [page, *page.get("sections", [])]]
     return [name for name in names if name != "lab/index"]
 
 
@@ -74,7 +75,7 @@ def digest(paths, base):
 
 def state(runs):
     """What chapters depend on besides their own text: (instruments, chapters that read fresh runs too)."""
-    read = [ROOT / "constraints.txt", *(ROOT / "repspace").glob("*.py"),
+    read = [ROOT / "constraints.txt", *(ROOT / "repspace").rglob("*.py"),
             *(p for folder in ("results", "nbs/experiments") for p in (ROOT / folder).rglob("*") if p.is_file())]
     code = digest(read, ROOT)
     return code, code + digest(runs.glob("*/*/*/run.json"), runs)

@@ -16,7 +16,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from . import calibration
-from .perturb import check_images, check_logits, frozen, logits_of
+from .attacks.steps import check_images, check_logits, frozen, logits_of
 
 # %% ../nbs/instruments/corruptions.ipynb #5034f0c4
 def _normal(images, seed, block=64):

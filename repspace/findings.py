@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from . import claims, figures, records, sampling
+from . import claims, figures, records
+from .claims import sampling
 from .claims import Markdown
 
 # %% ../nbs/instruments/findings.ipynb #84dbc5b1
@@ -20,7 +21,7 @@ def _listed(items):
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]])) if items else ""
 
 def _today():
-    from repspace.condition import provenance
+    from repspace.study.condition import provenance
     return provenance()["code"]
 
 def _code(provenance, today):

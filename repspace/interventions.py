@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 
 from . import records, stats
 from .arrays import check_head, like, to_numpy
-from .centers import class_centers, span_basis
+from .geometry.centers import class_centers, span_basis
 from .geometry import ThreeFactors, three_factors_from_logits
 
 # %% ../nbs/instruments/interventions.ipynb #7dd7de68

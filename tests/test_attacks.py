@@ -9,7 +9,7 @@ from torch import nn
 
 from repspace import data, regularize, train
 from repspace.attacks import breaking_point, fgsm, pgd, sign_noise, transfer
-from repspace.perturb import climb, distances, frozen, logits_of, random_point
+from repspace.attacks.steps import climb, distances, frozen, logits_of, random_point
 
 with warnings.catch_warnings():  # theirs, about regular expressions and packaging
     warnings.simplefilter("ignore")

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torchattacks
 
-from repspace import autoattack, data, regularize, train
+from repspace import data, regularize, train
+from repspace.attacks import auto
 from repspace.attacks import pgd
-from repspace.autoattack import STAGES, apgd, auto_attack, auto_attack_report, dlr, square
+from repspace.attacks.auto import STAGES, apgd, auto_attack, auto_attack_report, dlr, square
 
 EPS = 16 / 255
 CHEAP = dict(steps=15, n_targets=3, n_queries=100)
@@ -91,7 +92,7 @@ PEERS = {
 
 
 def windows_of_torchattacks(u, side, height, width):
-    """As `autoattack._windows`, but the first row and column are drawn below size − side: windows never
+    """As `auto._windows`, but the first row and column are drawn below size − side: windows never
     reach the last row and column. In images of 8×8 pixels that leaves a quarter of them alone."""
     def inside(u, size):
         first, places = (u * (size - side)).long()[:, None], torch.arange(size)

@@ -25,8 +25,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC may hang in what Ray forks
 os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here goes before the cluster
 
-from repspace import data, jobs, records, study
-from repspace.condition import Condition, run_condition
+from repspace import data, records, study
+from repspace.study import jobs
+from repspace.study.condition import Condition, run_condition
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -167,7 +168,7 @@ def test_a_driver_that_is_killed_leaves_the_rest_to_another(place):
 LONG = """
 import functools, sys
 from repspace import train
-from repspace.condition import Condition, run_condition
+from repspace.study.condition import Condition, run_condition
 train.fit = functools.partial(train.fit, every=0, progress=True)   # a checkpoint after every epoch
 recipe = {"epochs": 60, "batch_size": 50, "lr": 0.05}
 made = run_condition(Condition("digits", "tiny-cnn", "mixup:1.0", recipe), [0], "long", sys.argv[1], progress=False)
@@ -372,7 +373,7 @@ def test_at_a_distance_and_from_the_weights_that_are_here(ray_cluster, place, fi
 
 def workers():
     """The processes on this machine that make runs."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.jobs" in (p.info["cmdline"] or [])]
+    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.jobs" in (p.info["cmdline"] or [])]
 
 
 def test_a_node_that_dies_and_a_worker_that_is_killed_cost_no_run(ray_cluster, place, caplog):
@@ -433,7 +434,7 @@ def test_without_ray_only_the_cluster_is_missing(place, monkeypatch, capsys, don
     outcome = study.run("tiny.yaml", published=False)
     assert [job["slug"] for job in done_here] == [PLAIN, MIXUP]
     assert outcome.summary().count("it was not made, and nothing says why") == 2
-    light = "import sys; sys.modules['ray'] = None; import repspace.study, repspace.cluster"
+    light = "import sys; sys.modules['ray'] = None; import repspace.study, repspace.study.cluster"
     assert subprocess.run([sys.executable, "-c", light]).returncode == 0
 
 

@@ -126,7 +126,8 @@ sys.meta_path.insert(0, Absent())
 for module in sys.argv[1:]:
     importlib.import_module(f"repspace.{module}")
 """
-    modules = [p.stem for p in (ROOT / "repspace").glob("*.py") if not p.stem.startswith("_")]
+    paths = [p.relative_to(ROOT / "repspace").with_suffix("") for p in (ROOT / "repspace").rglob("*.py")]
+    modules = [".".join(path.parts) for path in paths if not path.stem.startswith("_")]
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=tmp_path)
     assert len(modules) > 10 and done.returncode == 0, done.stderr
 
@@ -140,7 +141,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
     files = zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))).namelist()
     modules = {name for name in files if not re.match(r"repspace-[\d.]+\.dist-info/", name)}
-    assert modules == {f"repspace/{p.name}" for p in (ROOT / "repspace").glob("*.py")}
+    assert modules == {str(p.relative_to(ROOT)) for p in (ROOT / "repspace").rglob("*.py")}
 
 
 def test_citation_and_package_have_one_version():

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import softmax
 
 from repspace import interventions, records, stats
-from repspace.centers import class_centers, span_projector
+from repspace.geometry.centers import class_centers, span_projector
 from repspace.geometry import alignment, displacement, three_factors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -353,7 +353,7 @@ def test_published_norms_cosines_displacements_and_success_are_found_again_witho
 
 
 def test_rounded_records_tell_the_same(digits):
-    from repspace import compact
+    from repspace.records import compact
     condition = "digits.tiny-cnn.{}".format
     pair = [interventions.read(digits, condition(name), 0) for name in ("none", "label-smoothing-0.1")]
     rounded = []

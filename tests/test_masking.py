@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from repspace import data, masking, regularize, train
+from repspace import data, regularize, train
+from repspace.attacks import masking
 
 CHECKS = ["square", "transfer", "weak loss", "more steps", "zero gradients", "logit scale"]
 EPS = 24 / 255

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 from scipy.special import softmax
 
-from repspace import compact, records
+from repspace import records
+from repspace.records import compact
 
 CONDITION = "digits.tiny-cnn.none"
 

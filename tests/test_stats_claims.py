@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from repspace import claims, figures, findings, records, sampling, stats
+from repspace import claims, figures, findings, records, stats
+from repspace.claims import sampling
 
 BELOW = stats.region(-1, 1, "below")
 REGULARIZERS = ("none", "label-smoothing:0.1", "mixup:1.0", "cutmix:1.0")

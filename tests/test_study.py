@@ -16,8 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from repspace import jobs, measure, records, study
-from repspace.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
+from repspace import measure, records, study
+from repspace.study import jobs
+from repspace.study.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
