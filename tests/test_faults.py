@@ -27,6 +27,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs her
 
 from repspace import data, records, study
 from repspace.study import jobs
+from repspace.study.__main__ import main
 from repspace.study.condition import Condition, run_condition
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
@@ -87,14 +88,14 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_dis
     with open(ballast, "wb", buffering=0) as file:
         while shutil.disk_usage(small_disk / "runs").free > 150_000:
             file.write(bytes(4096))
-    assert study.main(["tiny.yaml", "--afresh"]) == 1
+    assert main(["tiny.yaml", "--afresh"]) == 1
     said = capsys.readouterr().out
     assert "0 were made, 2 failed" in said and said.count("no space is left on the disk of") == 2
     assert str(small_disk / "runs" / "tiny" / PLAIN) in said and "free some and run the study again" in said
     assert not when_made(small_disk)
     assert all(p.name == "ballast" or p.name.endswith(".failed.json") for p in litter(small_disk))
     ballast.unlink()
-    assert study.main(["tiny.yaml", "--afresh"]) == 0
+    assert main(["tiny.yaml", "--afresh"]) == 0
     assert "2 were made, 0 failed" in capsys.readouterr().out
     assert len(records.load("tiny", "fresh").runs) == 2 and not litter(small_disk)
 
@@ -311,7 +312,7 @@ def test_a_study_of_damaged_data_stops_before_it_starts(place, capsys):
     content = yaml.safe_load(define(place).read_text())
     content["grid"][0] |= {"data": f"folder:{place / 'images'}", "models": ["resnet8"]}
     (place / "tiny.yaml").write_text(yaml.safe_dump(content))
-    assert study.main(["tiny.yaml"]) == 2 and "test/two/2.png" in capsys.readouterr().err
+    assert main(["tiny.yaml"]) == 2 and "test/two/2.png" in capsys.readouterr().err
     assert not when_made(place)
 
 
@@ -428,7 +429,7 @@ def test_without_ray_only_the_cluster_is_missing(place, monkeypatch, capsys, don
     define(place)
     monkeypatch.setitem(sys.modules, "ray", None)
     for on in ("auto", "ray://127.0.0.1:1", "127.0.0.1:1"):
-        assert study.main(["tiny.yaml", "--on", on, "--afresh"]) == 2
+        assert main(["tiny.yaml", "--on", on, "--afresh"]) == 2
         assert "pip install repspace[ray]" in capsys.readouterr().err
     assert not done_here
     outcome = study.run("tiny.yaml", published=False)

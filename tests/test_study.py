@@ -18,6 +18,7 @@ import yaml
 
 from repspace import measure, records, study
 from repspace.study import jobs
+from repspace.study.__main__ import main
 from repspace.study.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
@@ -78,13 +79,13 @@ def test_a_killed_study_goes_on_and_does_only_what_is_missing(place, capsys):
     wait_for(lambda: not running(family), 10)
     before = there(place)
     assert 0 < len(before) < 6, "the study was to be killed in the middle"
-    assert study.main(["tiny.yaml"]) == 0
+    assert main(["tiny.yaml"]) == 0
     assert f"{len(before)} runs were there, {6 - len(before)} were made" in capsys.readouterr().out
     after = there(place)
     assert len(after) == 6 and before.items() <= after.items()
     assert not list(place.glob("runs/tiny/*/.*.*")), "unfinished records are removed"
     assert len(records.load("tiny", "fresh").samples) == 6 * 1597
-    assert study.main(["tiny.yaml"]) == 0 and there(place) == after
+    assert main(["tiny.yaml"]) == 0 and there(place) == after
     assert "6 runs were there, 0 were made, 0 failed" in capsys.readouterr().out
 
 
@@ -119,7 +120,7 @@ def test_a_worker_that_is_killed_again_and_again_fails_its_runs(place, monkeypat
 
 def test_a_run_that_diverges_is_marked_and_tried_again(place, capsys):
     define(place, seeds=1, grid=[entry("none"), entry("mixup:1.0", lr=1e30)])
-    assert study.main(["tiny.yaml"]) == 1
+    assert main(["tiny.yaml"]) == 1
     said = capsys.readouterr().out
     assert "1 were made, 1 failed" in said and "Diverged" in said
     failed = records.failed("tiny")
@@ -160,7 +161,7 @@ def test_a_wrong_definition_is_refused_before_anything_starts(place, changes, me
     with pytest.raises(ValueError, match=message) as error:
         study.run(define(place, **changes))
     assert "tiny.yaml" in str(error.value)
-    assert study.main(["tiny.yaml"]) == 2 and "tiny.yaml" in capsys.readouterr().err
+    assert main(["tiny.yaml"]) == 2 and "tiny.yaml" in capsys.readouterr().err
     assert not list((place / "runs").iterdir())
 
 
