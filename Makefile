@@ -22,7 +22,7 @@ export STUDY ON GPUS BENCH
 
 help:
 	@echo "make book                set up, run the digits studies, execute the chapters, render the site"
-	@echo "make test                set up, run all tests"
+	@echo "make test                set up, run all tests but the long ones; DEEP=1 runs these"
 	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it; ON=auto or"
 	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU,"
 	@echo "                         AFRESH=1 also those that are published"
@@ -65,7 +65,7 @@ book: $(BOOK)
 	@$(RUN) book/build.py --study digits --study digits-2d
 
 test: $(TEST)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(if $(DEEP),-m deep)
 
 study: $(BOOK)
 	@$(RUN) -m repspace.study "$$STUDY" --notebooks "_build/lab/$$STUDY" --on "$$ON" \
