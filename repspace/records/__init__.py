@@ -206,14 +206,9 @@ def reference(runs):
 def _fresh(folders, study, faults):
     """(row, samples) of each fresh record by (condition, seed); what is left out goes to `faults`."""
     for (condition, seed), folder in folders.fresh(study).items():
-        try: run, samples = read(folder)
-        except (Damaged, PermissionError) as error:
-            faults.append(error)
-            continue
-        says = run["study"], run["condition"], run["seed"]
-        if says == (study, condition, seed):
-            yield (condition, seed), _row(run, "fresh", len(samples)), samples
-        else: faults.append(files.damaged(folder / "run.json", f"it is the record of {says}"))
+        try: run, samples = read(folder, (study, condition, seed))
+        except (Damaged, PermissionError) as error: faults.append(error)
+        else: yield (condition, seed), _row(run, "fresh", len(samples)), samples
 
 def _published(folders, study, faults):
     """(row, samples) of each published record by (condition, seed); as `_fresh`."""
