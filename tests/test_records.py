@@ -501,6 +501,13 @@ def test_a_record_in_the_place_of_another_is_named_and_left_out(place, caplog):
         records.publish("s")
 
 
+def test_a_run_copied_into_another_study_belongs_to_that(place):
+    shutil.copytree(folder(place, 0), records.run_folder("t", CONDITION, 0, place / "runs"))
+    shutil.rmtree(place / "runs" / "s")
+    recorded = records.load("t")
+    assert recorded.runs.study.tolist() == ["t"] and len(recorded.arrays(CONDITION, 0)["clean"]) == 40
+
+
 def test_an_unreadable_failure_mark_does_not_hide_the_others(place):
     records.mark_failed(folder(place, 7), "the loss became nan")
     folder(place, 8).with_name("8.failed.json").write_text("{")

@@ -124,13 +124,13 @@ def _thinned(run, samples, folder):
     return run | {"test_images": len(mask)}, samples[mask], logits, compact.published_head(head)
 
 # %% ../../nbs/instruments/records/published.ipynb #aa821c83
-def _gather(study, fresh, published, only):
+def _gather(fresh, published, only):
     """(run, rows of the subset, logits and head as they are published) of each run."""
     if published.faults: raise published.faults[0]
     rows = published.samples.groupby(["condition", "seed"]) if published.runs else None
     wanted = lambda run: only is None or run["identity"] in only
     for name in sorted(fresh | published.runs):
-        run, samples = one.read(fresh[name], (study, *name)) if name in fresh else (None, None)
+        run, samples = one.read(fresh[name], name) if name in fresh else (None, None)
         if run and wanted(run):
             yield _thinned(run, samples, fresh[name])
         elif name in published.runs and wanted(published.runs[name]):
@@ -168,7 +168,7 @@ def publish(study, runs=None, results=None, only=None):
     changes.
     """
     root = Path(results or results_root() or "results") / check_slug(study)
-    gathered = list(_gather(study, fresh_folders(study, runs), Published(root), only))
+    gathered = list(_gather(fresh_folders(study, runs), Published(root), only))
     if not gathered: raise no_records(study, runs_or_default(runs), [root.parent])
     lines, table, logits, heads = _contents(gathered)
     _write_rows(root / "samples.parquet", table)

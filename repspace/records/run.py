@@ -95,10 +95,10 @@ def read_run(folder):
 def read(folder, place=None):
     """(run, samples) of a record, with a look at the headers of its other files.
 
-    `place`: the (study, condition, seed) whose record should be there; `ValueError` if it is not.
+    `place`: the (condition, seed) whose record should be there; `ValueError` if it is not.
     """
     run, folder = read_run(folder), Path(folder)
-    says = run["study"], run["condition"], run["seed"]
+    says = run["condition"], run["seed"]
     if place and says != place: raise damaged(folder / "run.json", f"it is the record of {says}")
     for name in FILES[2:]: files.look_at_arrays(folder / name)
     return run, files.read_frame(folder / "samples.parquet")
