@@ -40,8 +40,8 @@ class Dataset(NamedTuple):
 
     def to(self, device):
         """The same data set with its tensors on `device`."""
-        return self._replace(train=Split(*(t.to(device) for t in self.train)),
-                             test=Split(*(t.to(device) for t in self.test)))
+        return self._replace(train=Split(*(torch.as_tensor(t).to(device) for t in self.train)),
+                             test=Split(*(torch.as_tensor(t).to(device) for t in self.test)))
 
 # %% ../nbs/instruments/data.ipynb #16753a1c
 def as_float(images):

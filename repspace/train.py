@@ -146,8 +146,8 @@ def fit(classifier, dataset, recipe, regularizer, seed, device=None, progress=Fa
     recipe = replace(recipe, **regularizer.recipe)
     classifier.to(device or classifier.mean.device).train()
     classifier.drop.p, device = recipe.dropout, classifier.mean.device
-    split = data.first(dataset.to(device).train, recipe.train_images)
-    split = data.check_split(split, classifier.head.out_features, "the training split")
+    split = data.check_split(dataset.to(device).train, classifier.head.out_features, "the training split")
+    split = data.first(split, recipe.train_images)
     normalizes = bool(models.batch_norms(classifier))
     check_batches(len(split.labels), recipe.batch_size, normalizes)
     least = 2 if normalizes else 1
