@@ -169,8 +169,10 @@ def test_a_driver_that_is_killed_leaves_the_rest_to_another(place):
 LONG = """
 import functools, sys
 from repspace import train
+from repspace.study import checkpoint
 from repspace.study.condition import Condition, run_condition
-train.fit = functools.partial(train.fit, every=0, progress=True)   # a checkpoint after every epoch
+checkpoint.EVERY = 0   # a checkpoint after every epoch
+train.fit = functools.partial(train.fit, progress=True)
 recipe = {"epochs": 60, "batch_size": 50, "lr": 0.05}
 made = run_condition(Condition("digits", "tiny-cnn", "mixup:1.0", recipe), [0], "long", sys.argv[1], progress=False)
 assert made["status"].item() == "made", made["reason"].item()
