@@ -23,7 +23,7 @@ from .seen import Attacked, Recorded, Seen, Vectors, from_record
 _all_ = ["Budget", "Context", "Settings", "settings", "GROUPS", "RECORDED", "Values", "measured",
          "Attacked", "Recorded", "Seen", "Vectors", "from_record"]
 
-# %% ../../nbs/instruments/measure/index.ipynb #12ffa8a9
+# %% ../../nbs/instruments/measure/index.ipynb #c2d4d2e6
 REGISTERED = {}   # "module:name" → group
 
 def register(group):
@@ -36,7 +36,7 @@ def register(group):
     REGISTERED[vocabulary.source_of(group)] = group
     return group
 
-# %% ../../nbs/instruments/measure/index.ipynb #c042e69e
+# %% ../../nbs/instruments/measure/index.ipynb #2d1d9911
 def costly(seen, context):
     """`thorough.costly`, where the settings ask for thorough measures; else nothing."""
     if context.settings.thorough is None: return Values()
@@ -74,14 +74,14 @@ def head_arrays(seen, before):
             for prefix, one in (("", seen), ("untrained.", before))
             for name in ("weight", "bias", "class_means")}
 
-# %% ../../nbs/instruments/measure/index.ipynb #8850016f
+# %% ../../nbs/instruments/measure/index.ipynb #26d8f221
 def plain(scalars):
     """`scalars` as Python floats, those that are not finite as None."""
     return {name: float(v) if v is not None and math.isfinite(v) else None
             for name, v in scalars.items()}
 
 class Measured(NamedTuple):
-    """What a record holds beside the recipe: see `run`."""
+    """What measuring gives for a record: see `run`."""
     scalars: dict
     curves: dict
     samples: pd.DataFrame

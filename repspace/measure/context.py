@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Budget', 'Settings', 'settings', 'Context']
 
-# %% ../../nbs/instruments/measure/context.ipynb #78e86f5a
+# %% ../../nbs/instruments/measure/context.ipynb #7db0da93
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..vocabulary import DEPTHS, data_row
 
-# %% ../../nbs/instruments/measure/context.ipynb #bf8a6506
+# %% ../../nbs/instruments/measure/context.ipynb #f6a1ffc0
 class Budget(NamedTuple):
     """What thorough measures may cost; the defaults are those of the attacks' authors."""
     images: int               # the first so many test images
@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     floor_draws: int             # of labels, for the floor of the calibration error
     thorough: Budget | None      # what the costly measures may cost; None: they are left out
 
-# %% ../../nbs/instruments/measure/context.ipynb #526c1c66
+# %% ../../nbs/instruments/measure/context.ipynb #50591d92
 def settings(data, measures="standard"):
     """The Settings for a data set (as `data.load` names it) and a depth (one of DEPTHS)."""
     if measures not in DEPTHS:
@@ -43,10 +43,10 @@ def settings(data, measures="standard"):
     if measures == "standard": return chosen
     return chosen._replace(steps=20, step_fraction=1 / 4, thorough=Budget(chosen.subset))
 
-# %% ../../nbs/instruments/measure/context.ipynb #974cf6ae
+# %% ../../nbs/instruments/measure/context.ipynb #b1bddbd8
 @dataclass(frozen=True)
 class Context:
-    """What a group of measures may ask for, beside the vectors of the net.
+    """What a group of measures may ask for in addition to the vectors of the net.
 
     `regularizer`: its text, as "mixup:1.0". `attacks`: {name: `seen.Attacked`}. `untrained`: `Seen` of
     the net before training. `renewed`: `Seen` of the net with batch-norm statistics of clean

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTERED', 'vectors', 'head_of', 'look', 'look_renewed', 'inside_ball', 'attack_functions', 'attacked']
 
-# %% ../../nbs/instruments/measure/gather.ipynb #4bd6b7ba
+# %% ../../nbs/instruments/measure/gather.ipynb #4268ef3d
 import functools
 import inspect
 
@@ -19,7 +19,7 @@ from .seen import Attacked, Seen, Vectors
 from ..train import stream
 from ..vocabulary import ATTACKS
 
-# %% ../../nbs/instruments/measure/gather.ipynb #8366aab4
+# %% ../../nbs/instruments/measure/gather.ipynb #0496dbe8
 def vectors(classifier, images_and_labels):
     """`Vectors` from an iterable of (images, labels) batches, in evaluation mode."""
     parts = []
@@ -32,7 +32,7 @@ def vectors(classifier, images_and_labels):
         raise ValueError("features or logits are not finite: nothing can be measured on this net")
     return Vectors(to_numpy(features, float), to_numpy(logits, float), labels.numpy())
 
-# %% ../../nbs/instruments/measure/gather.ipynb #149535ba
+# %% ../../nbs/instruments/measure/gather.ipynb #e735d16c
 def head_of(classifier):
     """weight (K, d) and bias (K,) of the head, float64 arrays; a head without bias has b = 0."""
     weight, bias = classifier.head.weight, classifier.head.bias
@@ -45,14 +45,14 @@ def look(classifier, dataset):
     return Seen(*head_of(classifier), *(vectors(classifier, batches(split, chunk_size(split.images)))
                                         for split in (dataset.test, dataset.train)))
 
-# %% ../../nbs/instruments/measure/gather.ipynb #f2ded199
+# %% ../../nbs/instruments/measure/gather.ipynb #f424f8f5
 def look_renewed(classifier, dataset):
     """`look` with batch-norm statistics of the clean training images; None where there are none."""
     if not models.has_batchnorm(classifier): return None
     images = dataset.train.images.to(classifier.head.weight.device)
     return look(models.reestimate_batchnorm(classifier, images), dataset)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #c5d72b0f
+# %% ../../nbs/instruments/measure/gather.ipynb #942a4352
 REGISTERED = getattr(attacks, "REGISTERED", {})   # TO BE MERGED: becomes attacks.REGISTERED with branch `attacks`
 
 def inside_ball(name, attack):
@@ -71,7 +71,7 @@ def inside_ball(name, attack):
         return moved
     return checked
 
-# %% ../../nbs/instruments/measure/gather.ipynb #31359443
+# %% ../../nbs/instruments/measure/gather.ipynb #c6a55813
 def _with_stream(attack, seed):
     """`attack` with a generator of its own, where it takes one."""
     if "generator" not in inspect.signature(attack).parameters: return attack
@@ -80,7 +80,7 @@ def _with_stream(attack, seed):
 def _registered(seed):
     return {name: inside_ball(name, _with_stream(attack, seed)) for name, attack in REGISTERED.items()}
 
-# %% ../../nbs/instruments/measure/gather.ipynb #3f25c739
+# %% ../../nbs/instruments/measure/gather.ipynb #2a1e4f57
 def attack_functions(seed, settings):
     """name → attack(model, x, y, eps), with the random draws of `seed`; the control is first."""
     generator = stream(seed, "attack")
@@ -93,7 +93,7 @@ def attack_functions(seed, settings):
     noise = functools.partial(attacks.sign_noise, generator=generator)
     return {"noise": noise, "fgsm": attacks.fgsm, "pgd": pgd} | _registered(seed)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #b163d442
+# %% ../../nbs/instruments/measure/gather.ipynb #a86147a3
 def _breaks(classifier, x, y, attack, settings, known):
     """The least limit of the grid that breaks each image, in /255; `known`: what is known already."""
     grid = [limit / 255 for limit in settings.grid]
@@ -107,7 +107,7 @@ def _moves(seen, moved):
     return (geometry.displacement(z, moved.features), geometry.displacement(span, moved_span),
             (span * moved_span).sum(1) <= 0)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #0d5e133f
+# %% ../../nbs/instruments/measure/gather.ipynb #0f3e69ae
 def attacked(classifier, split, seen, seed, settings):
     """name → `Attacked` for the first `settings.attack_images` images of `split`, the one seen."""
     x, y = as_float(split.images[:settings.attack_images]), split.labels[:settings.attack_images]

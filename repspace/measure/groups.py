@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECORDED', 'GROUPS', 'Values', 'predicted', 'fitted', 'calibrated', 'scaled', 'magnitude', 'training_magnitude',
            'finite_norm', 'aligned', 'aligned_reachable', 'clean_statistics', 'center_correlations', 'collapsed',
-           'cones', 'cones_by_class', 'random_cones', 'untrained_cones', 'curve', 'attacked', 'rows', 'measured']
+           'cones', 'cones_by_class', 'random_cones', 'untrained_cones', 'curve', 'under_attack', 'rows', 'measured']
 
-# %% ../../nbs/instruments/measure/groups.ipynb #9a2d4d83
+# %% ../../nbs/instruments/measure/groups.ipynb #08d48677
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import calibration, geometry, stats, vocabulary
 
-# %% ../../nbs/instruments/measure/groups.ipynb #08d42334
+# %% ../../nbs/instruments/measure/groups.ipynb #f5394b73
 @dataclass
 class Values:
     """What a group of measures gives, each by name.
@@ -26,7 +26,7 @@ class Values:
     columns: dict = field(default_factory=dict)
     curves: dict = field(default_factory=dict)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #af4ded29
+# %% ../../nbs/instruments/measure/groups.ipynb #94c4bca6
 def predicted(seen, context):
     """Accuracy and confidence, and what is left of accuracy without the bias."""
     unbiased = (seen.located @ seen.weight.T).argmax(1)
@@ -35,14 +35,14 @@ def predicted(seen, context):
                    "no_bias_accuracy": (unbiased == seen.labels).mean(),
                    "no_bias_agreement": (unbiased == seen.predictions).mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #64402c5b
+# %% ../../nbs/instruments/measure/groups.ipynb #50c5ab82
 def fitted(seen, context):
     """Accuracy and loss on the training images."""
     probs, labels = calibration.softmax(seen.train.logits), seen.train.labels
     return Values({"train_accuracy": (seen.train.logits.argmax(1) == labels).mean(),
                    "train_loss": calibration.nll(probs, labels)})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #6ce7e337
+# %% ../../nbs/instruments/measure/groups.ipynb #0fddcfb1
 def calibrated(seen, context):
     """Losses and calibration errors, with the floor of the error."""
     p, labels, error = seen.probs, seen.labels, calibration.expected_calibration_error
@@ -54,7 +54,7 @@ def calibrated(seen, context):
                    "ece_classwise": calibration.classwise_calibration_error(p, labels),
                    "confidence_gap": calibration.confidence_gap(p, labels)})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #40c284f3
+# %% ../../nbs/instruments/measure/groups.ipynb #2a60768f
 def scaled(seen, context):
     """Temperature and feature scaling, and the errors after each of them."""
     fit, labels, error = calibration.cross_fit, seen.labels, calibration.expected_calibration_error
@@ -68,7 +68,7 @@ def scaled(seen, context):
                     f"nll_{name}": calibration.nll(way.probs, labels)}
     return Values(scalars)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #2211e90e
+# %% ../../nbs/instruments/measure/groups.ipynb #ce06317a
 def magnitude(seen, context):
     """Lengths of the test vectors: RMS, in the span, and times the weights' scale."""
     return Values({"rms": seen.rms.mean(), "span_norm": seen.span_norms.mean(),
@@ -78,7 +78,7 @@ def training_magnitude(seen, context):
     """The radius, and the mean length in the span, of the training vectors."""
     return Values({"radius": seen.radius, "train_span_norm": seen.train_span_norms.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #db7cf5bb
+# %% ../../nbs/instruments/measure/groups.ipynb #77ee0164
 def _smoothing(regularizer):
     """The strength of label smoothing in the text of a regularizer; None without, or with mixing."""
     parts = vocabulary.parts(regularizer)
@@ -93,7 +93,7 @@ def finite_norm(seen, context):
     minima = geometry.soft_minimum(seen.weight, seen.bias, targets)
     return Values({"soft_norm": np.linalg.norm(minima, axis=1).mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #91930902
+# %% ../../nbs/instruments/measure/groups.ipynb #b25db2dd
 def aligned(seen, context):
     """Mean cosines with the minimal centers of the label and of the prediction, for z and Pz."""
     names = {"alignment": "cos_label", "alignment_predicted": "cos_predicted"}
@@ -105,7 +105,7 @@ def aligned_reachable(seen, context):
     whole, span = seen.closeness(seen.centers["reachable"], seen.labels)
     return Values({"alignment_reachable": whole.mean(), "alignment_reachable_span": span.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #76625b82
+# %% ../../nbs/instruments/measure/groups.ipynb #c7c703e2
 def clean_statistics(seen, context):
     """Accuracy, lengths and alignment with batch-norm statistics of the clean training images."""
     renewed = context.renewed
@@ -120,7 +120,7 @@ def clean_statistics(seen, context):
                    "span_norm_clean_bn": renewed.span_norms.mean(),
                    "alignment_clean_bn": whole.mean(), "alignment_span_clean_bn": span.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #d6420a77
+# %% ../../nbs/instruments/measure/groups.ipynb #74dba4db
 def center_correlations(seen, context):
     """Correlations of closeness with confidence: `center_r_{kind}`, `center_r_predicted_{kind}`.
 
@@ -133,13 +133,13 @@ def center_correlations(seen, context):
             scalars |= {f"center_r_{part}{kind}": whole, f"center_r_{part}predicted_{kind}": own}
     return Values(scalars)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #14772ce1
+# %% ../../nbs/instruments/measure/groups.ipynb #07ad29e7
 def collapsed(seen, context):
     """Neural collapse of the training vectors, as in `geometry.NeuralCollapse`: `nc_{name}`."""
     collapse = geometry.neural_collapse(seen.train.features, seen.train.labels, seen.weight)
     return Values({f"nc_{name}": value for name, value in collapse._asdict().items()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #8983b053
+# %% ../../nbs/instruments/measure/groups.ipynb #d0d43f1e
 def _cone(seen, name, vectors):
     """Degree, open share and entry distance of the rays through `vectors`, by the scalars' names."""
     cone = geometry.cone_degree(seen.weight, seen.bias, vectors)
@@ -156,7 +156,7 @@ def cones_by_class(seen, context):
     return Values(curves={"cone_degree_by_class": [
         _cone(seen, "", z)["cone_degree_"] if len(z) else None for z in members]})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #a0a75ef3
+# %% ../../nbs/instruments/measure/groups.ipynb #89309697
 def random_cones(seen, context):
     """Degree of cone, entry distance and open share, for directions drawn at random."""
     draw = partial(geometry.random_directions, seen.weight, context.settings.directions,
@@ -172,7 +172,7 @@ def untrained_cones(seen, context):
     scalars = cones(before, context).scalars | random_cones(before, context).scalars
     return Values({f"untrained_{name}": value for name, value in scalars.items()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #917246c2
+# %% ../../nbs/instruments/measure/groups.ipynb #b42b4e01
 def curve(breaks, grid):
     """Robust accuracy and success over `grid`, in lists; success is None if no image was right."""
     right = breaks > 0
@@ -181,7 +181,7 @@ def curve(breaks, grid):
             "success": [float((breaks[right] <= eps).mean()) if right.any() else None
                         for eps in grid]}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #015d8a31
+# %% ../../nbs/instruments/measure/groups.ipynb #8f9c7f9f
 def _movement(name, attacked, cosines):
     """Scalars of the attack `name`: what it does to the vectors, in the mean."""
     whole, span = attacked.whole, attacked.span
@@ -194,7 +194,7 @@ def _movement(name, attacked, cosines):
             f"crossed_{name}": attacked.crossed.mean(),
             f"toward_r_{name}": correlation[""], f"toward_r_span_{name}": correlation["_span"]}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #8b490ced
+# %% ../../nbs/instruments/measure/groups.ipynb #7bc4c65d
 def _success(name, breaks, reference):
     """Robust accuracy and success of the attack `name` at the reference limit."""
     at = curve(breaks, [reference])
@@ -208,19 +208,25 @@ def _columns(name, attacked):
                      f"toward_{name}": whole.toward_origin, f"toward_span_{name}": span.toward_origin,
                      f"label_{name}": attacked.logits.argmax(1)}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #aa2f778d
-def attacked(seen, context):
+# %% ../../nbs/instruments/measure/groups.ipynb #676d4925
+def _joined(into, given, name):
+    """`given` of the attack `name` put into the dict `into`, where no other attack gives the same."""
+    if twice := sorted(into.keys() & given.keys()):
+        raise ValueError(f"attack {name!r} would give {twice[0]!r}, as another attack does: rename it")
+    into |= given
+
+def under_attack(seen, context):
     """Success and robust accuracy at the reference limit, and what attacks do to the vectors."""
     out, settings = Values(), context.settings
-    for name, one in context.attacks.items():
-        out.scalars |= _movement(name, one, seen.cosines)
-        out.columns |= _columns(name, one)
-        if one.breaks is None: continue
-        out.scalars |= _success(name, one.breaks, settings.reference)
-        out.curves[name] = curve(one.breaks, settings.grid)
+    for name, attacked in context.attacks.items():
+        _joined(out.scalars, _movement(name, attacked, seen.cosines), name)
+        _joined(out.columns, _columns(name, attacked), name)
+        if attacked.breaks is None: continue
+        _joined(out.scalars, _success(name, attacked.breaks, settings.reference), name)
+        out.curves[name] = curve(attacked.breaks, settings.grid)
     return out
 
-# %% ../../nbs/instruments/measure/groups.ipynb #1c36171d
+# %% ../../nbs/instruments/measure/groups.ipynb #b7d97f08
 def _margin(logits, labels):
     """The label's logit minus the best other one (N,)."""
     rows, others = np.arange(len(labels)), logits.copy()
@@ -238,20 +244,21 @@ def rows(seen, context):
         "apex_gap": seen.rays.lo, "open": np.isinf(seen.rays.hi),
         "subset": n < context.settings.subset})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #96536fc0
+# %% ../../nbs/instruments/measure/groups.ipynb #49833779
 RECORDED = (rows, predicted, calibrated, scaled, magnitude, finite_norm, aligned, cones, cones_by_class,
-            attacked)
+            under_attack)
 GROUPS = (*RECORDED, fitted, training_magnitude, aligned_reachable, clean_statistics,
           center_correlations, collapsed, random_cones, untrained_cones)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #e638f0d0
+# %% ../../nbs/instruments/measure/groups.ipynb #57fbaf07
 def _checked(source, values, n):
     """`values`, or a `ValueError` naming the group `source` where they are not what a group may give."""
     if not isinstance(values, Values):
         raise ValueError(f"{source} gave {type(values).__name__}: a group of measures gives Values")
     for name, value in values.scalars.items():
         if value is not None and np.ndim(value):
-            raise ValueError(f"{source}: scalar {name!r} has shape {np.shape(value)}, but must be a number or None")
+            raise ValueError(f"{source}: scalar {name!r} has shape {np.shape(value)}, "
+                             "but must be a number or None")
     for name, column in values.columns.items():
         if np.ndim(column) != 1 or len(column) > n:
             raise ValueError(f"{source}: column {name!r} has shape {np.shape(column)}, but must have a "

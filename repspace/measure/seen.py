@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Vectors', 'Attacked', 'Seen', 'span_from_logits', 'Recorded', 'from_record']
 
-# %% ../../nbs/instruments/measure/seen.ipynb #9e7c6511
+# %% ../../nbs/instruments/measure/seen.ipynb #90c0c66e
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 from .. import calibration, geometry
 from .context import Context, Settings
 
-# %% ../../nbs/instruments/measure/seen.ipynb #a445aee1
+# %% ../../nbs/instruments/measure/seen.ipynb #b126f858
 class Vectors(NamedTuple):
     """Features (N, d) and logits (N, K), float64 arrays, and int64 labels (N,)."""
     features: np.ndarray
@@ -33,7 +33,7 @@ class Attacked(NamedTuple):
     span: geometry.Displacement
     crossed: np.ndarray
 
-# %% ../../nbs/instruments/measure/seen.ipynb #196257f9
+# %% ../../nbs/instruments/measure/seen.ipynb #e66d6690
 class _Asked:
     """What follows from weight, bias, logits, labels, span and `located`."""
 
@@ -48,7 +48,7 @@ class _Asked:
     @cached_property
     def rays(self): return geometry.ray_interval(self.weight, self.bias, self.located)
 
-# %% ../../nbs/instruments/measure/seen.ipynb #428d39b4
+# %% ../../nbs/instruments/measure/seen.ipynb #aea09289
 @dataclass(frozen=True)
 class Seen(_Asked):
     """A head and its `Vectors` of the test and training images, with what follows from them."""
@@ -93,13 +93,13 @@ class Seen(_Asked):
         return {name + part: cosine for name, pair in pairs.items()
                 for part, cosine in zip(("", "_span"), pair)}
 
-# %% ../../nbs/instruments/measure/seen.ipynb #6102ea12
+# %% ../../nbs/instruments/measure/seen.ipynb #142422a8
 def span_from_logits(weight, bias, logits):
     """Pz (N, d) of the vectors whose `logits` (N, K) the head `weight` (K, d), `bias` (K,) gives."""
     s = logits - bias
     return (s - s.mean(1, keepdims=True)) @ np.linalg.pinv(weight - weight.mean(0)).T
 
-# %% ../../nbs/instruments/measure/seen.ipynb #d9398f43
+# %% ../../nbs/instruments/measure/seen.ipynb #0568bb11
 @dataclass(frozen=True)
 class Recorded(_Asked):
     """What a record has kept of a net's `Seen`: no vectors, and nothing of the training images."""
@@ -120,7 +120,7 @@ class Recorded(_Asked):
     def __getattr__(self, name):
         raise AttributeError(f"a record does not hold {name!r} of a net: measure the net itself")
 
-# %% ../../nbs/instruments/measure/seen.ipynb #750b2d44
+# %% ../../nbs/instruments/measure/seen.ipynb #bbd48855
 def _displacement(relative, toward, size):
     """A `Displacement` from ‖Δz‖/‖z‖, cos(Δz, -z) and ‖z‖, each (n,)."""
     norm = relative * size
@@ -137,7 +137,7 @@ def _attacked_in_record(seen, name, samples, logits):
     crossed = (seen.span[:len(moved)] * moved).sum(1) <= 0
     return Attacked(logits, column.get(f"breaks_{name}"), *moves, crossed)
 
-# %% ../../nbs/instruments/measure/seen.ipynb #f34def26
+# %% ../../nbs/instruments/measure/seen.ipynb #356bbe77
 def from_record(run, samples, arrays):
     """(`Recorded`, `Context`) of one run of a `records.Records`.
 
@@ -147,6 +147,9 @@ def from_record(run, samples, arrays):
     if not np.array_equal(labels, samples["label"]):
         raise ValueError(f"samples ({len(samples)} rows) and arrays ({len(labels)} labels) are not of "
                          "one run: pick the rows of one condition and seed")
+    if set(run["settings"]) != set(Settings._fields):
+        raise ValueError(f"settings of the record are {list(run['settings'])}, "
+                         f"but must be {list(Settings._fields)}")
     weight, bias, clean = (np.asarray(arrays[name], float)
                            for name in ("head.weight", "head.bias", "clean"))
     seen = Recorded(weight, bias, clean, labels, samples["norm"].to_numpy(float),
