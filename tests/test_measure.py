@@ -341,3 +341,17 @@ def test_what_is_not_of_one_run_is_refused(measured, tmp_path):
         measure.from_record(loaded.runs.iloc[0], loaded.samples.iloc[::-1], arrays)
     with pytest.raises(AttributeError, match="does not hold 'train'"):
         groups.fitted(*measure.from_record(loaded.runs.iloc[0], loaded.samples, arrays))
+
+
+def test_nothing_is_asked_where_every_image_is_broken(pair, digits, registry):
+    """A grid whose later limits have no survivors, and images that were all wrong at first."""
+    attacks.register("brighter", brighter)
+    wide = FEW._replace(grid=(16, 128, 200, 255), attack_images=20)
+    one = measure.run(*pair, digits, regularize.get("none"), 0, wide)
+    assert one.curves["pgd"]["robust_accuracy"][-2:] == [0, 0]
+    wrong = digits._replace(test=digits.test._replace(labels=(digits.test.labels + 1) % 10))
+    seen = gather.look(pair[1], wrong)
+    hopeless = torch.as_tensor(seen.predictions != seen.labels)
+    wrong = wrong._replace(test=type(wrong.test)(wrong.test.images[hopeless], wrong.test.labels[hopeless]))
+    none = measure.run(pair[1], pair[1], wrong, regularize.get("none"), 0, FEW)
+    assert none.scalars["accuracy"] == 0 and none.scalars["success_pgd"] is None

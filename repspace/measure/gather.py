@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vectors', 'head_of', 'look', 'look_renewed', 'inside_ball', 'attack_functions', 'attacked']
 
-# %% ../../nbs/instruments/measure/gather.ipynb #54edd0bc
+# %% ../../nbs/instruments/measure/gather.ipynb #bd754f7c
 import functools
 import inspect
 
@@ -18,7 +18,7 @@ from ..data import as_float, batches, chunk_size
 from .seen import Attacked, Seen, Vectors
 from ..train import stream
 
-# %% ../../nbs/instruments/measure/gather.ipynb #37f2b0b6
+# %% ../../nbs/instruments/measure/gather.ipynb #ca22af0f
 def vectors(classifier, images_and_labels):
     """`Vectors` from an iterable of (images, labels) batches, in evaluation mode."""
     parts = []
@@ -31,7 +31,7 @@ def vectors(classifier, images_and_labels):
         raise ValueError("features or logits are not finite: nothing can be measured on this net")
     return Vectors(to_numpy(features, float), to_numpy(logits, float), labels.numpy())
 
-# %% ../../nbs/instruments/measure/gather.ipynb #3cbaa3fe
+# %% ../../nbs/instruments/measure/gather.ipynb #bfca7f4e
 def head_of(classifier):
     """weight (K, d) and bias (K,) of the head, float64 arrays; a head without bias has b = 0."""
     weight, bias = classifier.head.weight, classifier.head.bias
@@ -44,14 +44,14 @@ def look(classifier, dataset):
     return Seen(*head_of(classifier), *(vectors(classifier, batches(split, chunk_size(split.images)))
                                         for split in (dataset.test, dataset.train)))
 
-# %% ../../nbs/instruments/measure/gather.ipynb #e442e703
+# %% ../../nbs/instruments/measure/gather.ipynb #980a95e0
 def look_renewed(classifier, dataset):
     """`look` with batch-norm statistics of the clean training images; None where there are none."""
     if not models.has_batchnorm(classifier): return None
     images = dataset.train.images.to(classifier.head.weight.device)
     return look(models.reestimate_batchnorm(classifier, images), dataset)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #99fd3923
+# %% ../../nbs/instruments/measure/gather.ipynb #339d5cea
 def inside_ball(name, attack):
     """`attack`, but a `ValueError` naming it where its images are not in the ball or not in [0, 1]."""
     @functools.wraps(attack)
@@ -60,6 +60,7 @@ def inside_ball(name, attack):
         if not torch.is_tensor(moved) or moved.shape != x.shape:
             raise ValueError(f"attack {name} must give images of shape {tuple(x.shape)}, not "
                              f"{tuple(getattr(moved, 'shape', ())) or type(moved).__name__}")
+        if not moved.numel(): return moved
         far = (moved.double() - x.double()).abs().amax().item()
         low, high = moved.amin().item(), moved.amax().item()
         if not (far <= eps + 1e-6 and low >= 0 and high <= 1):
@@ -68,7 +69,7 @@ def inside_ball(name, attack):
         return moved
     return checked
 
-# %% ../../nbs/instruments/measure/gather.ipynb #ee38f324
+# %% ../../nbs/instruments/measure/gather.ipynb #9087745c
 def _with_stream(attack, seed):
     """`attack` with a generator of its own, where it takes one."""
     if "generator" not in inspect.signature(attack).parameters: return attack
@@ -78,7 +79,7 @@ def _registered(seed):
     return {name: inside_ball(name, _with_stream(attack, seed))
             for name, attack in attacks.REGISTERED.items()}
 
-# %% ../../nbs/instruments/measure/gather.ipynb #47cc3553
+# %% ../../nbs/instruments/measure/gather.ipynb #5b5689a0
 def attack_functions(seed, settings):
     """name → attack(model, x, y, eps), with the random draws of `seed`; the control is first."""
     generator = stream(seed, "attack")
@@ -91,7 +92,7 @@ def attack_functions(seed, settings):
     noise = functools.partial(attacks.sign_noise, generator=generator)
     return {"noise": noise, "fgsm": attacks.fgsm, "pgd": pgd} | _registered(seed)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #f93219a9
+# %% ../../nbs/instruments/measure/gather.ipynb #9b9a16e9
 def _breaks(classifier, x, y, attack, settings, known):
     """The least limit of the grid that breaks each image, in /255; `known`: what is known already."""
     grid = [limit / 255 for limit in settings.grid]
@@ -105,7 +106,7 @@ def _moves(seen, moved):
     return (geometry.displacement(z, moved.features), geometry.displacement(span, moved_span),
             (span * moved_span).sum(1) <= 0)
 
-# %% ../../nbs/instruments/measure/gather.ipynb #52b84370
+# %% ../../nbs/instruments/measure/gather.ipynb #6f7c7fe3
 def attacked(classifier, split, seen, seed, settings):
     """name → `Attacked` for the first `settings.attack_images` images of `split`, the one seen."""
     x, y = as_float(split.images[:settings.attack_images]), split.labels[:settings.attack_images]
