@@ -161,8 +161,10 @@ def brier(probs, labels, *, from_logits=False):
     total = 0.0
     for rows, block in _blocks(p, from_logits):
         off, own = block.astype(float), (np.arange(len(block)), y[rows])
-        off[own] = 0
-        off[own] = -off.sum(1) if from_logits else block[own] - 1.0
+        if from_logits:
+            off[own] = 0
+            off[own] = -off.sum(1)
+        else: off[own] -= 1
         total += np.einsum("ij,ij->", off, off)
     return float(total / len(p))
 
@@ -177,7 +179,7 @@ def nll(probs, labels, *, from_logits=False):
             s = p[rows].astype(float)
             own[rows] = -logsumexp(s - s[index][:, None], axis=1)
         else:
-            with np.errstate(divide="ignore"): own[rows] = np.log(block[index])
+            with np.errstate(divide="ignore"): own[rows] = np.log(block[index].astype(float))
     return float(0 - own.mean())
 
 
