@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['span_vectors', 'Matched', 'take_distribution', 'span_norms', 'rescale', 'span_cosines', 'realign', 'Run', 'read',
-           'shapley', 'Intervened', 'intervene', 'confidence_effect', 'share', 'over_seeds', 'explain_confidence',
-           'factors', 'exchange', 'Split', 'split', 'Attack', 'success_effect', 'null', 'explain_success']
+           'Intervened', 'intervene', 'confidence_effect', 'explain_confidence', 'factors', 'exchange', 'Split',
+           'split', 'Attack', 'success_effect', 'null', 'explain_success']
 
 # %% ../nbs/instruments/interventions.ipynb #7b8a66bf
 from itertools import combinations
@@ -205,22 +205,6 @@ def _first(run, n):
 def _same_images(plain, regularized):
     return np.array_equal(plain.labels, regularized.labels)
 
-# %% ../nbs/instruments/interventions.ipynb #b33b6971
-def shapley(values):
-    """Shapley values (n,) of n factors; `values` has n axes of length 2, 1 where a factor is in.
-
-    They add up to values[1, …, 1] − values[0, …, 0]. Source: Shapley 1953.
-    """
-    v = to_numpy(values, float)
-    if v.ndim == 0 or v.shape != (2,) * v.ndim:
-        raise ValueError(f"values must have an axis of length 2 per factor, but they are {v.shape}")
-    found = np.zeros(v.ndim)
-    for i in range(v.ndim):
-        gain = np.take(v, 1, axis=i) - np.take(v, 0, axis=i)
-        for others in np.ndindex(gain.shape):
-            found[i] += gain[others] / (v.ndim * comb(v.ndim - 1, sum(others)))
-    return like(found, values)
-
 # %% ../nbs/instruments/interventions.ipynb #96191619
 class Intervened(NamedTuple):
     """Logits (N, K) of the plain run: as they are, rescaled, realigned, and `both`.
@@ -294,38 +278,6 @@ def confidence_effect(plain, regularized, scale="features", fewest=5):
         effect = judge(regularized.logits, regularized.labels) - values[0]
         rows[name] = [*parts, effect - parts.sum(), effect]
     return pd.DataFrame(rows, ["rescale", "realign", "rest", "effect"]).T
-
-# %% ../nbs/instruments/interventions.ipynb #021cfb89
-def share(part, effect, level=0.95):
-    """mean `part` / mean `effect` (n,), both by seed, with Fieller's interval → stats.Interval.
-
-    NaN unless the interval of the mean effect excludes 0.
-    """
-    x, y = np.asarray(part, float), np.asarray(effect, float)
-    whole = stats.mean_interval(y, level)
-    if x.shape != y.shape:
-        raise ValueError(f"part and effect must pair by seed, but they are {x.shape} and {y.shape}")
-    if whole.low <= 0 <= whole.high:
-        return stats.Interval(np.nan, np.nan, np.nan)
-    factor = stdtrit(len(x) - 1, (1 + level) / 2) ** 2 / len(x)
-    (xx, xy), (_, yy) = factor * np.cov(x, y)
-    a, b, c = y.mean()**2 - yy, x.mean() * y.mean() - xy, x.mean()**2 - xx
-    root = np.sqrt(max(b * b - a * c, 0))
-    return stats.Interval(*map(float, (x.mean() / y.mean(), (b - root) / a, (b + root) / a)))
-
-# %% ../nbs/instruments/interventions.ipynb #b4c905cd
-def over_seeds(values, parts, level=0.95):
-    """Mean and share, with their ends, of each column of `values` (a row per seed), as a table.
-
-    Columns: mean, low, high, share, share_low, share_high, seeds. Shares are those of the columns
-    `parts` in the column effect.
-    """
-    rows = {}
-    for name, column in values.items():
-        of = share(column, values["effect"], level) if name in parts else [np.nan] * 3
-        rows[name] = [*stats.mean_interval(column, level), *of, len(column)]
-    columns = ["mean", "low", "high", "share", "share_low", "share_high", "seeds"]
-    return pd.DataFrame(rows, columns).T.astype({"seeds": int}).rename_axis("part")
 
 # %% ../nbs/instruments/interventions.ipynb #9ea0a913
 def _common_seeds(recorded, plain, regularized):
