@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from repspace import measure, records, study
-from repspace.study import jobs
+from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
+from repspace.study.condition import Condition, run_condition, surrogate_paths, weights_path
+from repspace.study.origin import provenance
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -137,9 +138,9 @@ def test_rounds_go_through_every_condition_plain_first(place):
     definition = study.read(define(place, round=1))
     for number in range(2):
         todo = list(study._jobs(definition, number, place / "runs", None, True))
-        assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [number]), (MIXUP, [number])]
+        assert [(job.slug, job.seeds) for job in todo] == [(PLAIN, [number]), (MIXUP, [number])]
     todo = list(study._jobs(definition, 1, place / "runs", place / "book", True))
-    assert [job["seeds"] for job in todo] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
+    assert [job.seeds for job in todo] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -257,9 +258,9 @@ def test_published_runs_count_unless_asked_for_afresh(place):
     (place / "runs" / "tiny").rename(place / "away")
     assert make([0, 1]) == ["done", "done"]
     todo = list(study._jobs(tiny, 0, place / "runs", None, True))
-    assert [(job["slug"], job["seeds"]) for job in todo] == [(MIXUP, [0, 1])]
+    assert [(job.slug, job.seeds) for job in todo] == [(MIXUP, [0, 1])]
     todo = list(study._jobs(tiny, 0, place / "runs", None, False))
-    assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
+    assert [(job.slug, job.seeds) for job in todo] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
     assert make([0, 1], epochs=3) == ["made", "made"], "published runs of another recipe do not count"
 
 
@@ -279,7 +280,7 @@ def test_notebooks_are_executed_once(place):
     path = place / "book" / "digits.tiny-cnn.label-smoothing-0.1.ipynb"
     notebook = json.loads(path.read_text())
     text = json.dumps(notebook)
-    assert "# digits, tiny-cnn: label smoothing 0.1" in text and text.count("<figure") == 4
+    assert "# digits · tiny-cnn · label smoothing 0.1" in json.dumps(notebook, ensure_ascii=False) and text.count("<figure") == 4
     assert str(Path(study.__file__).parents[1] / "nbs") not in json.dumps(notebook["metadata"])
     made = path.stat().st_mtime_ns
     study.run("tiny.yaml", notebooks="book", published=False)
@@ -292,7 +293,7 @@ def test_notebooks_are_executed_once(place):
 
 
 def test_the_condition_notebook_runs_by_itself_and_again_in_the_same_kernel(place):
-    notebook = nbformat.read(study._template(), 4)
+    notebook = nbformat.read(notebooks.template(), 4)
     again = copy.deepcopy(notebook.cells)
     for cell in again:
         cell.id, cell.metadata = f"again-{cell.id}", {}
@@ -305,11 +306,11 @@ def test_the_condition_notebook_runs_by_itself_and_again_in_the_same_kernel(plac
 
 
 def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
-    template = study._template()
+    template = notebooks.template()
     with pytest.raises(ValueError, match="no parameters.*sedes"):
         study.execute_notebook(template, place / "x.ipynb", {"sedes": [0]})
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters.*sedes.*allowed are study"):
-        jobs._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
+        notebooks._execute(nbformat.read(template, 4), {"sedes": [0]}, place / "x.failed.ipynb", cwd=str(place))
     assert not (place / "x.ipynb").exists() and (place / "x.failed.ipynb").exists()
 
 

@@ -53,13 +53,19 @@ def _picked(settings, names):
     if missing: raise ValueError(f"settings lack {missing}; needed are {list(names)}")
     return {name: settings[name] for name in names}
 
+def _added(settings, *names):
+    """Those of `names` that say what was added from outside; nothing where nothing was."""
+    return {name: settings[name] for name in names if settings.get(name)}
+
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    return key(_picked(settings, IDENTITY) | {"schema": SCHEMA})
+    added = _added(settings, "sources", "measure_sources")
+    return key(_picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):
     """The key of the training alone: the same whatever is measured on it afterwards."""
-    return key(_picked(settings, [name for name in IDENTITY if name != "measures"]))
+    trained = _picked(settings, [name for name in IDENTITY if name != "measures"])
+    return key(trained | _added(settings, "sources"))
 
 # %% ../../nbs/instruments/records/index.ipynb #bd6cca9c
 def _upward(name):
