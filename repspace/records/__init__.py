@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'SCHEMA', 'FILES', 'IDENTITY', 'NEEDED', 'NAMES', 'CIRCUMSTANCES', 'key', 'identity', 'training_key',
            'runs_root', 'results_root', 'check_slug', 'run_folder', 'write_file', 'write', 'remove_unfinished',
-           'set_aside', 'read_run', 'check', 'mark_failed', 'clear_failed', 'failure', 'failed', 'published_identities',
-           'publish', 'Records', 'reference', 'studies', 'load', 'arrays']
+           'set_aside', 'read_run', 'check', 'mark_failed', 'clear_failed', 'failure', 'failed', 'Published', 'Folders',
+           'published_identities', 'publish', 'Records', 'reference', 'studies', 'load', 'arrays']
 
 # %% ../../nbs/instruments/records/index.ipynb #98354f04
-import hashlib, json, logging, math, os, re, shutil, uuid, zipfile, zlib
-from functools import partial
+import hashlib, io, json, logging, math, os, re, shutil, uuid, zipfile, zlib
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -259,57 +259,112 @@ def _fresh(study, runs):
     return dict(sorted(((folder.parent.name, int(folder.name)), folder) for folder in folders
                        if folder.name.isdigit() and folder.is_dir()))
 
-def _published(study, results):
-    """Runs of the published records: {(condition, seed): run}."""
-    path = _results(results) / check_slug(study) / "runs.jsonl"
-    if not path.exists(): return {}
-    def read(path):
-        runs = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {(run["condition"], run["seed"]): run for run in runs if _picked(run, NEEDED)}
-    return _named(path, read)
-
-# %% ../../nbs/instruments/records/index.ipynb #1798f981
-def published_identities(study, results=None):
-    """The identities of the published runs of `study`, a dict {(condition, seed): identity}."""
-    return {name: run["identity"] for name, run in _published(study, results).items()}
-
 # %% ../../nbs/instruments/records/index.ipynb #df55c217
 def _arrays_fresh(folder):
     logits, head = (_named(folder / f"{n}.safetensors", load_file) for n in ("logits", "head"))
     return logits | {f"head.{name}": a for name, a in head.items()}
 
 # %% ../../nbs/instruments/records/index.ipynb #5e4e2413
-def _stored(root, condition, seed):
-    """(logits, head) of a published run as they are stored: two dicts of arrays."""
-    start = f"{condition}/{seed}/"
-    def read(file):
-        if (root / f"{file}.npz").exists() or not (root / f"{file}.safetensors").exists():
-            return _named(root / f"{file}.npz", lambda path: compact.read(path, start))
-        def read_old(path):
-            with safe_open(path, "np") as f:
-                return {name.removeprefix(start): f.get_tensor(name) for name in f.keys()
-                        if name.startswith(start)}
-        return _named(root / f"{file}.safetensors", read_old)
-    return read("logits"), read("heads")
+def _read_lines(path):
+    """Runs of the file `path`, a run per line: {(condition, seed): run}."""
+    runs = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return {(run["condition"], run["seed"]): run for run in runs if _picked(run, NEEDED)}
 
-def _arrays_published(root, condition, seed):
-    logits, head = _stored(root, condition, seed)
-    head = {f"head.{name}": a.astype(np.float32) for name, a in head.items()}
-    return compact.unpacked(logits) | head
+class Published:
+    """The published records in the folder `root` of a study; a file is read once, when needed."""
+    def __init__(self, root): self.root, self._files = Path(root), {}
 
-def _samples_published(root):
-    samples = _read_frame(root / "samples.parquet")
-    halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
-    return samples.astype({name: np.float32 for name in halves} | {"condition": str})
+    @cached_property
+    def runs(self):
+        """The runs, {(condition, seed): run}; empty if nothing is published."""
+        path = self.root / "runs.jsonl"
+        return _named(path, _read_lines) if path.exists() else {}
+
+    @cached_property
+    def samples(self):
+        """The rows of the published subset, a table."""
+        samples = _read_frame(self.root / "samples.parquet")
+        halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
+        return samples.astype({name: np.float32 for name in halves} | {"condition": str})
+
+    def _file(self, name):
+        """(path, its arrays by name, the names of each run's arrays) of "logits" or "heads"."""
+        if name not in self._files:
+            path = self.root / f"{name}.npz"
+            if path.exists() or not path.with_suffix(".safetensors").exists():
+                arrays = _named(path, lambda path: np.load(io.BytesIO(path.read_bytes())))
+            else:
+                path = path.with_suffix(".safetensors")
+                arrays = _named(path, load_file)
+            of_run = {}
+            for full in arrays:
+                of_run.setdefault(full.rpartition("/")[0], []).append(full)
+            self._files[name] = path, arrays, of_run
+        return self._files[name]
+
+    def stored(self, condition, seed):
+        """(logits, head) of a run as they are stored: two dicts of arrays."""
+        def read(path, arrays, of_run):
+            names = of_run.get(f"{condition}/{seed}", ())
+            return _named(path, lambda _: {n.rpartition("/")[2]: arrays[n] for n in names})
+        return read(*self._file("logits")), read(*self._file("heads"))
+
+    def arrays(self, condition, seed):
+        """The arrays of a run as `records.arrays` gives them."""
+        logits, head = self.stored(condition, seed)
+        head = {f"head.{name}": a.astype(np.float32) for name, a in head.items()}
+        return compact.unpacked(logits) | head
+
+# %% ../../nbs/instruments/records/index.ipynb #4ab253b4
+class Folders:
+    """The folders that records are read from, `runs` and `results`; a published file is read once."""
+    def __init__(self, runs=None, results=None):
+        self.runs, self.results = _runs(runs).absolute(), _results(results).absolute()
+        self._published = {}
+
+    def __repr__(self): return f"Folders({str(self.runs)!r}, {str(self.results)!r})"
+
+    def __reduce__(self): return Folders, (self.runs, self.results)
+
+    def fresh(self, study):
+        """Folders of the fresh records of `study`: {(condition, seed): folder}."""
+        return _fresh(study, self.runs)
+
+    def published(self, study):
+        """The `Published` records of `study`."""
+        if study not in self._published:
+            self._published[study] = Published(self.results / check_slug(study))
+        return self._published[study]
+
+    def arrays(self, study, condition, seed, source=None):
+        """The arrays of one run, as the function `arrays` gives them."""
+        name, sources = (condition, int(seed)), _sources(source)
+        folder = self.fresh(study).get(name) if "fresh" in sources else None
+        if folder:
+            try:
+                return _arrays_fresh(folder)
+            except ValueError as error:
+                if source: raise
+                log.warning("left out: %s", error)
+        if "published" in sources and name in self.published(study).runs:
+            return self.published(study).arrays(*name)
+        raise ValueError(f"no {' or '.join(sources)} record of {condition}, seed {seed}: "
+                         f"{_nothing(study, self.runs, self.results)}")
+
+# %% ../../nbs/instruments/records/index.ipynb #1798f981
+def published_identities(study, results=None):
+    """The identities of the published runs of `study`, a dict {(condition, seed): identity}."""
+    runs = Folders(results=results).published(study).runs
+    return {name: run["identity"] for name, run in runs.items()}
 
 # %% ../../nbs/instruments/records/index.ipynb #c992500a
 def _gather(study, runs, results, only):
     """(run, rows of the subset, logits and head as they are published) of each run."""
-    fresh, published = _fresh(study, runs), _published(study, results)
-    root = _results(results) / study
-    rows = _samples_published(root).groupby(["condition", "seed"]) if published else None
+    folders = Folders(runs, results)
+    fresh, published = folders.fresh(study), folders.published(study)
+    rows = published.samples.groupby(["condition", "seed"]) if published.runs else None
     wanted = lambda run: only is None or run["identity"] in only
-    for name in sorted(fresh | published):
+    for name in sorted(fresh | published.runs):
         run, samples = _read_fresh(fresh[name]) if name in fresh else (None, None)
         if run and wanted(run):
             mask = samples["subset"].to_numpy(bool)
@@ -318,11 +373,11 @@ def _gather(study, runs, results, only):
             logits = compact.published_logits({k: a[mask[:len(a)]] for k, a in logits.items()})
             run = run | {"test_images": len(mask)}
             yield run, samples[mask], logits, compact.published_head(head)
-        elif name in published and wanted(published[name]):
-            logits, head = _stored(root, *name)
-            if not (root / "logits.npz").exists():
+        elif name in published.runs and wanted(published.runs[name]):
+            logits, head = published.stored(*name)
+            if not (published.root / "logits.npz").exists():
                 logits, head = compact.published_logits(logits), compact.published_head(head)
-            yield published[name], rows.get_group(name), logits, head
+            yield published.runs[name], rows.get_group(name), logits, head
 
 # %% ../../nbs/instruments/records/index.ipynb #a3d5f5ac
 def publish(study, runs=None, results=None, only=None):
@@ -354,10 +409,39 @@ def publish(study, runs=None, results=None, only=None):
     return root
 
 # %% ../../nbs/instruments/records/index.ipynb #f02810ed
-class Records(NamedTuple):
-    """The records of a study: `runs`, a row per run; `samples`, a row per run and test image."""
+class _Tables(NamedTuple):
     runs: pd.DataFrame
     samples: pd.DataFrame
+
+class Records(_Tables):
+    """The records of a study: `runs`, a row per run; `samples`, a row per run and test image.
+
+    `folders`: the `Folders` they were loaded from, which `_replace` keeps; None if made by hand.
+    """
+    folders = None
+
+    def __new__(cls, runs, samples, folders=None):
+        self = super().__new__(cls, runs, samples)
+        self.folders = folders
+        return self
+
+    def _replace(self, **changes):
+        return type(self)(**(self._asdict() | {"folders": self.folders} | changes))
+
+    def arrays(self, condition, seed):
+        """The arrays of one run, as `records.arrays` gives them, from where it was loaded.
+
+        `ValueError` if these records hold no such run, or were not loaded from folders.
+        """
+        if self.folders is None:
+            raise ValueError("these records know no folder to read arrays from: take those that "
+                             "`records.load` returns, or change them by `_replace`")
+        rows = self.runs[(self.runs["condition"] == condition) & (self.runs["seed"] == seed)]
+        if len(rows) != 1:
+            raise ValueError(f"there are {len(rows)} runs of {condition!r} with seed {seed} in these "
+                             f"records; their conditions are {sorted(set(self.runs['condition']))}")
+        row = rows.iloc[0]
+        return self.folders.arrays(row["study"], condition, seed, row["source"])
 
     def _repr_html_(self):
         table = self.runs.drop(columns=["settings", "made", "recipe", "history", "curves"])
@@ -419,28 +503,29 @@ def load(study, source=None, runs=None, results=None):
     `runs` and `results`: the two folders (default: `runs_root()`, `results_root()`). `ValueError`
     if there are no records.
     """
-    found, tables = {}, []
+    folders, rows, tables = Folders(runs, results), {}, []
     if "fresh" in _sources(source):
-        for name, folder in _fresh(study, runs).items():
+        for name, folder in folders.fresh(study).items():
             try:
                 run, samples = _read_fresh(folder)
             except ValueError as error:
                 log.warning("left out: %s", error)
                 continue
-            found[name] = _row(run, "fresh", len(samples))
+            rows[name] = _row(run, "fresh", len(samples))
             tables.append(samples.assign(condition=name[0], seed=name[1]))
-    published = _published(study, results) if "published" in _sources(source) else {}
-    rest = {name: _row(run, "published") for name, run in published.items() if name not in found}
-    if rest:
-        samples = _samples_published(_results(results) / study)
-        wanted = pd.MultiIndex.from_frame(samples[["condition", "seed"]]).isin(list(rest))
-        tables.append(samples[wanted])
-    if not found and not rest: raise _nothing(study, runs, results)
-    rows = [row for _, row in sorted((found | rest).items())]
-    table = pd.DataFrame(rows).astype({"feature_dim": "Int64", "test_images": "Int64"})
+    if "published" in _sources(source):
+        published = folders.published(study)
+        rest = {n: _row(run, "published") for n, run in published.runs.items() if n not in rows}
+        if rest:
+            names = pd.MultiIndex.from_frame(published.samples[["condition", "seed"]])
+            tables.append(published.samples[names.isin(list(rest))])
+            rows |= rest
+    if not rows: raise _nothing(study, runs, results)
+    table = pd.DataFrame([row for _, row in sorted(rows.items())])
+    table = table.astype({"feature_dim": "Int64", "test_images": "Int64"})
     samples = _first(pd.concat(tables, ignore_index=True), "condition", "seed")
     samples = samples.sort_values(["condition", "seed"], kind="stable", ignore_index=True)
-    return Records(table, samples)
+    return Records(table, samples, folders)
 
 # %% ../../nbs/instruments/records/index.ipynb #cf8f644d
 def arrays(study, condition, seed, source=None, runs=None, results=None):
@@ -449,14 +534,4 @@ def arrays(study, condition, seed, source=None, runs=None, results=None):
     Published runs have the rows of the published subset only, and lack what its rows tell as well
     (displacements). `ValueError` if the run is not there.
     """
-    name, sources = (condition, int(seed)), _sources(source)
-    folder = _fresh(study, runs).get(name) if "fresh" in sources else None
-    if folder:
-        try:
-            return _arrays_fresh(folder)
-        except ValueError as error:
-            log.warning("left out: %s", error)
-    if "published" in sources and name in _published(study, results):
-        return _arrays_published(_results(results) / study, *name)
-    raise ValueError(f"no {' or '.join(sources)} record of {condition}, seed {seed}: "
-                     f"{_nothing(study, runs, results)}")
+    return Folders(runs, results).arrays(study, condition, seed, source)
