@@ -100,8 +100,8 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_dis
     assert len(records.load("tiny", "fresh").runs) == 2 and not litter(small_disk)
 
 
-@pytest.mark.parametrize("writer, again", [("_write_frame", "remeasured"), ("_write_arrays", "remeasured"),
-                                           ("_write_json", "remeasured"), ("write_file", "made")])
+@pytest.mark.parametrize("writer, again", [("write_frame", "remeasured"), ("write_arrays", "remeasured"),
+                                           ("write_json", "remeasured"), ("write_file", "made")])
 def test_no_space_at_any_file_leaves_nothing_half_written(place, monkeypatch, writer, again):
     def full(path, *_):
         with open("/dev/full", "wb", buffering=0) as file:
@@ -109,7 +109,7 @@ def test_no_space_at_any_file_leaves_nothing_half_written(place, monkeypatch, wr
     condition = Condition("digits", "tiny-cnn", "none", RECIPE)
     make = lambda: run_condition(condition, [0], "tiny", progress=False).iloc[0]
     with monkeypatch.context() as patch:
-        patch.setattr(records, writer, full)
+        patch.setattr(records.files, writer, full)
         row = make()
     assert row.status == "failed" and "no space is left on the disk of" in row.reason and PLAIN in row.reason
     assert not when_made(place) and all(p.name == "0.failed.json" for p in litter(place))
