@@ -9,6 +9,17 @@ READY := $(VENV)/.ready-$(shell pwd | cksum | cut -d' ' -f1)
 STUDY ?= digits
 ON ?= local
 
+# What is said on the command line reaches the programs as data: neither make nor the shell executes anything in it.
+override STUDY := $(value STUDY)
+override ON := $(value ON)
+override GPUS := $(value GPUS)
+override AFRESH := $(value AFRESH)
+override WITH := $(value WITH)
+override BENCH := $(value BENCH)
+export STUDY ON GPUS AFRESH WITH BENCH
+# Appends --with=MODULE for each word of WITH to the arguments "$$@" of the program that follows.
+MODULES = set -f; for module in $$WITH; do set -- "$$@" "--with=$$module"; done;
+
 .DEFAULT_GOAL := help
 .PHONY: help setup book test study publish bench export clean
 
@@ -17,7 +28,8 @@ help:
 	@echo "make test                set up, run all tests"
 	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it; ON=auto or"
 	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU,"
-	@echo "                         AFRESH=1 also those that are published"
+	@echo "                         AFRESH=1 also those that are published; WITH=my_module imports a module of"
+	@echo "                         your own first, which registers what the study names (book, publish: too)"
 	@echo "make publish STUDY=digits  gather its records into results/, and bring README.md up to date"
 	@echo "make bench               time it beside what one would use instead; BENCH=--quick, BENCH=\"--only pgd\""
 	@echo "make setup               what the others begin with: .venv, with everything pinned"
@@ -41,21 +53,21 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY)
 
 book: $(READY)
-	@$(RUN) book/build.py --study digits --study digits-2d
+	@$(MODULES) $(RUN) book/build.py --study digits --study digits-2d "$$@"
 
 test: $(READY)
 	@$(RUN) -m pytest
 
 study: $(READY)
-	@$(RUN) -m repspace.study "$(STUDY)" --notebooks "_build/lab/$(STUDY)" --on "$(ON)" \
-		$(if $(GPUS),--gpus "$(GPUS)") $(if $(AFRESH),--afresh)
+	@$(MODULES) $(RUN) -m repspace.study --notebooks="_build/lab/$$STUDY" --on="$$ON" \
+		$${GPUS:+--gpus="$$GPUS"} $${AFRESH:+--afresh} "$$@" -- "$$STUDY"
 
 publish: $(READY)
-	@$(RUN) -m repspace.study publish "$(STUDY)"
+	@$(MODULES) $(RUN) -m repspace.study publish "$$@" -- "$$STUDY"
 	@$(RUN) book/readme.py
 
 bench: $(READY)
-	@$(RUN) -m benchmarks $(BENCH)
+	@set -f; $(RUN) -m benchmarks $$BENCH
 
 export: $(READY)
 	@find repspace -mindepth 1 -name '*.py' ! -path repspace/__init__.py -delete   # nbdev keeps what no notebook exports

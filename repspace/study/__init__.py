@@ -15,13 +15,13 @@ from typing import NamedTuple
 import pandas as pd
 
 from .. import records
-from . import additions, cluster, jobs, notebooks as executed
+from . import cluster, jobs, notebooks as executed
 from .additions import import_modules
 from .condition import (PARAMETERS, Condition, check_parameters, load_classifier,
-                                      missing_seeds, rehearse, run_condition, run_settings, sources,
+                                      missing_seeds, rehearse, run_condition, run_settings,
                                       weights_path)
 from .definition import Study, read
-from .jobs import Job
+from .jobs import Job, new_job
 from .notebooks import execute_notebook
 from .origin import provenance
 
@@ -32,22 +32,13 @@ _all_ = ["Condition", "Job", "PARAMETERS", "Study", "check_parameters", "execute
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/instruments/study/index.ipynb #11ed6a96
-def _job(study, condition, seeds, runs, published):
-    """The job that makes `condition` at `seeds`, with the modules that were added from outside."""
-    used = [source for named in sources(condition).values() for source in named]
-    modules = additions.modules_of(used)
-    if "__main__" in modules:
-        raise ValueError(f"{condition.slug} uses {', '.join(used)}, which other processes cannot import: "
-                         "put it into a module, and name that with `--with` or import_modules")
-    return Job(study.name, condition.parameters(), condition.slug, seeds, str(runs), published, modules)
-
 def _jobs(study, number, runs, notebooks, published):
     """The jobs of round `number` (from 0)."""
     rounds = study.rounds()
     seeds, so_far = rounds[number], [s for seeds in rounds[:number + 1] for s in seeds]
     for condition in sorted(study.conditions, key=lambda c: c.regularizer != "none"):
         missing = missing_seeds(study.name, condition, seeds, runs, published)
-        job = _job(study, condition, missing, runs, published)
+        job = new_job(study.name, condition, missing, runs, published)
         if notebooks:
             job = job._replace(seeds=so_far, title=condition.title,
                                notebook=str(notebooks / f"{condition.slug}.ipynb"))

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from .. import records
 from . import additions, jobs
-from .condition import (Condition, missing_seeds, note_failed, sources,
+from .condition import (Condition, missing_seeds, note_failed,
                                       surrogate_paths, weights_path, why)
-from .jobs import Job
+from .jobs import Job, new_job
 from .origin import provenance
 
 log = logging.getLogger(__name__)
@@ -235,11 +235,9 @@ class _Tasks:
         self.owner = f"{socket.gethostname()}:{runs}"
 
     def send(self, run):
-        used = [source for named in sources(run.condition).values() for source in named]
-        modules = additions.modules_of(used)
-        job = Job(self.study.name, run.condition.parameters(), run.condition.slug, [run.seed],
-                  str(self.runs), False, modules, gpus=self.wanted["GPU"])
-        files = _files(run.condition, run.seed, self.runs, modules)
+        job = new_job(self.study.name, run.condition, [run.seed], self.runs)
+        job = job._replace(gpus=self.wanted["GPU"])
+        files = _files(run.condition, run.seed, self.runs, job.modules)
         task = self.remote.remote(job.to_json(), files, provenance()["code"], self.owner)
         self.flying[task] = run
 

@@ -53,7 +53,11 @@ def study_file(study):
 
 # %% ../../nbs/instruments/study/definition.ipynb #40cff39f
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader for which 1e-3 is a number."""
+    """A SafeLoader for which 1e-3 is a number, and brackets have an end."""
+
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level > 50: raise ValueError("it is nested too deeply: brackets in brackets")
+        super().fetch_flow_collection_start(token)
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float",
                               re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
@@ -65,7 +69,7 @@ def _children(node):
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 # %% ../../nbs/instruments/study/definition.ipynb #ab127fcc
-MOST_BYTES, MOST_VALUES = 200_000, 50_000   # of a file; in it, aliases spelt out
+MOST_BYTES, MOST_VALUES = 64_000, 50_000   # of a file; in it, aliases spelt out
 
 def _nodes(root):
     """All nodes below `root`, each once; `ValueError` if they stand for too many, or for themselves."""
