@@ -194,7 +194,8 @@ def _first_loss(condition, dataset):
         features = classifier.features(images)
         loss = torch.nn.functional.cross_entropy(classifier.head(features), targets)
         (loss + regularizer.penalty(features)).backward()
-XX
+    return float(loss.detach())
+
 def rehearse(condition, dataset):
     """`ValueError` if `condition` cannot be trained on `dataset`, before it is."""
     check_fits(condition, len(dataset.train.labels), len(dataset.classes))
