@@ -79,7 +79,7 @@ def digest(paths, base):
 
 def state(runs):
     """What chapters depend on besides their own text: (instruments, chapters that read fresh runs too)."""
-    read = [ROOT / "constraints.txt", *(ROOT / "repspace").rglob("*.py"),
+    read = [ROOT / "locks/book.txt", *(ROOT / "repspace").rglob("*.py"),
             *(p for folder in ("results", "nbs/experiments") for p in (ROOT / folder).rglob("*") if p.is_file())]
     code = digest(read, ROOT) + "".join(f"{name}{text}" for name, text in additions.hashes().items())
     return code, code + digest(runs.glob("*/*/*/run.json"), runs)

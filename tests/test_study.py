@@ -522,7 +522,8 @@ printf '%s\\n' "$@" >> "$LOG"
 def make_says(place, *words):
     """The arguments that make gives the last program it starts, which is not started."""
     root = Path(study.__file__).parents[2]
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", *(f"locks/{each}.txt" for each in ("build", "book", "test"))):
+        (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes((root / name).read_bytes())
     (place / ".venv/bin").mkdir(parents=True, exist_ok=True)
     (place / ".venv/bin/python").write_text(ECHO)
