@@ -16,7 +16,7 @@ from scipy.special import betaincinv
 from .arrays import check_labels
 from .vocabulary import REGULARIZERS, RegularizerRow, parts, source_of
 
-# %% ../nbs/instruments/regularize.ipynb #2367f826
+# %% ../nbs/instruments/regularize.ipynb #97ea1227
 def as_targets(labels, num_classes):
     """Targets (N, K), floats, from integer labels (N,) or soft ones (N, K) in 0..1 that sum to 1.
 
@@ -30,10 +30,10 @@ def as_targets(labels, num_classes):
     if labels.shape[1] != num_classes:
         raise ValueError(f"soft labels must be (N, {num_classes}), but they are {tuple(labels.shape)}")
     if labels.device.type == "cpu" and len(labels):
-        sums = labels.float().sum(1)
-        if not (labels.min() >= 0 and (sums - 1).abs().max() < .02):   # a NaN fails both
+        low, sums = labels.min(), labels.float().sum(1)
+        if not (low >= 0 and (sums - 1).abs().max() < .02):   # a NaN fails both
             raise ValueError("soft labels must be probabilities, at least 0 and with sums of 1, but "
-                             f"they go down to {labels.min():.3g} and sum to {sums.min():.3g} and more")
+                             f"the least is {low:.3g} and the sums are {sums.min():.3g} to {sums.max():.3g}")
     return labels
 
 # %% ../nbs/instruments/regularize.ipynb #48c549b5
@@ -82,7 +82,7 @@ def cutmix(images, share, row, column):
     mixed[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
-# %% ../nbs/instruments/regularize.ipynb #c76eb9b3
+# %% ../nbs/instruments/regularize.ipynb #23cf3ac3
 class Regularizer:
     """A way of softening training, named by .text and .slug; .recipe is what it overrides.
 
@@ -114,7 +114,7 @@ class Regularizer:
 
 _KINDS = {name: Regularizer for name in ("none", "weight-decay", "dropout")}
 
-# %% ../nbs/instruments/regularize.ipynb #58e2e689
+# %% ../nbs/instruments/regularize.ipynb #7f793c4d
 class LabelSmoothing(Regularizer):
     """A share of each target goes evenly to all classes (Szegedy et al. 2016)."""
 
@@ -123,7 +123,7 @@ class LabelSmoothing(Regularizer):
 
 _KINDS["label-smoothing"] = LabelSmoothing
 
-# %% ../nbs/instruments/regularize.ipynb #384a94f0
+# %% ../nbs/instruments/regularize.ipynb #44c75839
 class Mixup(Regularizer):
     """Images and targets are mixed with those before them, in a random share (Zhang et al. 2018)."""
 
@@ -133,7 +133,7 @@ class Mixup(Regularizer):
 
 _KINDS["mixup"] = Mixup
 
-# %% ../nbs/instruments/regularize.ipynb #f2a37385
+# %% ../nbs/instruments/regularize.ipynb #178dae2e
 class CutMix(Regularizer):
     """A box of the image before goes into each, and its share of the target (Yun et al. 2019)."""
 
@@ -146,7 +146,7 @@ class CutMix(Regularizer):
 
 _KINDS["cutmix"] = CutMix
 
-# %% ../nbs/instruments/regularize.ipynb #3f157ee4
+# %% ../nbs/instruments/regularize.ipynb #78da9687
 class FeatureNorm(Regularizer):
     """The features' mean square is added to the loss."""
 
@@ -155,7 +155,7 @@ class FeatureNorm(Regularizer):
 
 _KINDS["feature-norm"] = FeatureNorm
 
-# %% ../nbs/instruments/regularize.ipynb #dd969c10
+# %% ../nbs/instruments/regularize.ipynb #b6f0e39d
 class Combined(Regularizer):
     """Several regularizers, `.parts`, as one; the last to act is the one that mixes images."""
 
@@ -175,7 +175,7 @@ class Combined(Regularizer):
     def penalty(self, features):
         return sum(part.penalty(features) for part in self.parts)
 
-# %% ../nbs/instruments/regularize.ipynb #7a76796b
+# %% ../nbs/instruments/regularize.ipynb #ae9f9a87
 def _made(part):
     """The Regularizer of one part of a text."""
     made, row = _KINDS[part.row.name](part.strength), part.row
@@ -194,7 +194,7 @@ def get(text):
     several.name, several.text = ("+".join(getattr(part, key) for part in made) for key in ("name", "text"))
     return several
 
-# %% ../nbs/instruments/regularize.ipynb #40cc921a
+# %% ../nbs/instruments/regularize.ipynb #1b253da8
 def register(name, build, *, words=None, color="#767676", marker="*", strength=None, mixes=False):
     """Add the regularizer `name`: build(strength) → an object with .mix, .penalty and .recipe.
 

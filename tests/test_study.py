@@ -436,9 +436,9 @@ def test_numbers_and_repetition_as_people_write_them(place):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(models=["tiny-cnn-bn"], recipe=RECIPE | {"batch_size": 1}), "batch normalization needs 2 at least"),
+    (dict(models=["tiny-cnn-bn"], recipe=RECIPE | {"batch_size": 1}), "batch normalization cannot train on one image"),
     (dict(models=["resnet8"], recipe=RECIPE | {"train_images": 1}), "fewer than the 10 classes"),
-    (dict(regularizers=["cutmix:1.0"], recipe=RECIPE | {"batch_size": 1}), "cutmix:1.0, which mixes images, needs 2"),
+    (dict(regularizers=["cutmix:1.0"], recipe=RECIPE | {"batch_size": 1}), "cutmix:1.0 mixes the images of a batch"),
     (dict(recipe=RECIPE | {"train_images": 201}), "train_images is 201; allowed are up to 200"),
     (dict(data="cifar10", models=["resnet8"], recipe=RECIPE | {"train_images": 50_001}), "allowed are up to 50000"),
     (dict(data="cifar100", models=["resnet8"], recipe=RECIPE | {"train_images": 99}), "fewer than the 100 classes"),
@@ -457,8 +457,8 @@ def test_what_cannot_train_is_said_before_anything_starts(place, changes, messag
 
 MINE = """
 import torch
-from repspace import data, models, regularize, vocabulary
-from repspace.vocabulary import DATA, MODELS, REGULARIZERS, DataRow, ModelRow, RegularizerRow, Strength, source_of
+from repspace import data, models, regularize
+from repspace.vocabulary import Strength
 
 
 def small_net(num_classes, in_channels, small_images):
@@ -466,30 +466,47 @@ def small_net(num_classes, in_channels, small_images):
                                torch.nn.Linear(32, num_classes))
 
 
+class Shrink(regularize.Regularizer):
+    def penalty(self, features):
+        return self.strength * features.abs().mean()
+
+
+def shrink(strength):
+    return Shrink(strength)
+
+
+def bright(root=None, download=True, seed=0):
+    return data.load("digits", seed=seed)
+
+
 models.register("small-net", small_net, words="small net")
+regularize.register("shrink", shrink, strength=Strength(0))
+data.register("bright", bright, reference=16, grid=(8, 16, 32), published=200, split_by_seed=True)
 """
 
 
 def define_mine(place, body=MINE):
     (place / "my_nets.py").write_text(body)
-    return define(place, seeds=1, grid=[entry("none") | {"models": ["small-net"]}])
+    return define(place, seeds=1, grid=[entry("none") | {"models": ["small-net"]},
+                                        entry("shrink:0.1") | {"data": "bright"}])
 
 
-@pytest.mark.skipif(not hasattr(__import__("repspace.models").models, "register"), reason="models.register is not there yet")
 def test_a_module_that_the_command_names_is_everywhere(place):
     define_mine(place)
     refused = subprocess.run([sys.executable, "-m", "repspace.study", "tiny.yaml"], cwd=place, capture_output=True, text=True)
     assert refused.returncode == 2 and "'small-net' is unknown" in refused.stderr
     said, code = finish(start(place, "--with", "my_nets", "--notebooks", "book"))
-    assert code == 0 and "1 were made, 0 failed" in said, said
+    assert code == 0 and "2 were made, 0 failed" in said, said
+    run = records.read_run(place / "runs/tiny/bright.tiny-cnn.shrink-0.1/0")
+    assert run["sources"] == ["my_nets:bright", "my_nets:shrink"]
     run = records.read_run(place / "runs/tiny/digits.small-net.none/0")
     assert run["sources"] == ["my_nets:small_net"] and list(run["provenance"]["with"]) == ["my_nets"]
     assert "import_modules(['my_nets'])" in (place / "book/digits.small-net.none.ipynb").read_text()
     said, code = finish(start(place, "--with", "my_nets", "--notebooks", "book"))
-    assert code == 0 and "1 runs were there, 0 were made" in said
+    assert code == 0 and "2 runs were there, 0 were made" in said
     said, code = finish(subprocess.Popen([sys.executable, "-m", "repspace.study", "publish", "tiny.yaml", "--with=my_nets"],
                                          cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    assert code == 0 and len(records.load("tiny", "published", results=place / "results").runs) == 1
+    assert code == 0 and len(records.load("tiny", "published", results=place / "results").runs) == 2
 
 
 @pytest.mark.parametrize("module, message", [

@@ -16,9 +16,10 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .. import records
-from .additions import registered
+from .additions import measuring
 from .origin import code_key, provenance
-from ..vocabulary import DEPTHS, MODELS, Recipe, data_row, parts, regularizer_words
+from ..vocabulary import (DEPTHS, MODELS, Recipe, check_batches, data_row, parts,
+                                 regularizer_words)
 
 log = logging.getLogger(__name__)
 
@@ -97,20 +98,19 @@ def check_fits(condition, images, classes):
     None is a number that is not known yet.
     """
     wanted, size = condition.recipe["train_images"], condition.recipe["batch_size"]
-    taken = min((n for n in (wanted, images) if n), default=math.inf)
-    row, mixing = MODELS.row(condition.model), [p.text for p in parts(condition.regularizer) if p.row.mixes]
+    taken = min((n for n in (wanted, images) if n), default=None)
     if classes is not None and classes < 2:
         raise ValueError(f"{condition.data} has {classes} class; allowed are 2 and more")
     if wanted and images is not None and wanted > images:
         raise ValueError(f"train_images is {wanted}; allowed are up to {images}, as many as "
                          f"{condition.data} has")
-    if classes and taken < classes:
+    if classes and taken and taken < classes:
         raise ValueError(f"{taken} training images are fewer than the {classes} classes of "
                          f"{condition.data}: each needs one at least")
-    if min(taken, size) < 2 and (row.batch_norm or mixing):
-        why = "batch normalization" if row.batch_norm else f"{mixing[0]}, which mixes images,"
-        raise ValueError(f"batches are of one image (batch_size {size}, {taken} training images), "
-                         f"but {why} needs 2 at least: {condition.slug}")
+    check_batches(taken, size, MODELS.row(condition.model).batch_norm)
+    if size == 1 and any(part.row.mixes for part in parts(condition.regularizer)):
+        raise ValueError(f"{condition.regularizer} mixes the images of a batch: batch_size must be 2 "
+                         "at least, not 1")
 
 # %% ../../nbs/instruments/study/condition.ipynb #2322558c
 def sources(condition):
@@ -121,7 +121,7 @@ def sources(condition):
     rows = [data_row(condition.data), MODELS.row(condition.model),
             *(part.row for part in parts(condition.regularizer))]
     named = {"sources": sorted({row.source for row in rows if row.source}),
-             "measure_sources": registered("attack", "measure")}
+             "measure_sources": measuring()}
     return {kind: names for kind, names in named.items() if names}
 
 # %% ../../nbs/instruments/study/condition.ipynb #79949619
