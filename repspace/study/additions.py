@@ -48,7 +48,7 @@ def registered(*kinds):
 def measuring():
     """The sources of registered attacks and measures, which take part in every run."""
     measure = sys.modules.get("repspace.measure")   # not imported: who registered one has done that
-    return sorted({*registered("attack"), *getattr(measure, "REGISTERED", ())})
+    return sorted({*registered("attack"), *(measure.REGISTERED if measure else ())})
 
 def modules_of(sources):
     """Names of the modules to import for `sources`: those a command named, then the rest."""
