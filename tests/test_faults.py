@@ -372,6 +372,31 @@ def test_at_a_distance_and_from_the_weights_that_are_here(ray_cluster, place, fi
     assert {p: p.stat().st_mtime_ns for p in place.glob("runs/weights/*.safetensors")} == before
 
 
+MINE = """
+import torch
+from repspace import models
+
+def small_net(num_classes, in_channels, small_images):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, num_classes))
+
+models.register("ray-net", small_net)
+"""
+
+
+def test_a_cluster_takes_modules_of_the_command_along(ray_cluster, place):
+    (place / "my_ray_nets.py").write_text(MINE)
+    content = yaml.safe_load(define(place, ["none"]).read_text())
+    content["grid"][0]["models"] = ["ray-net"]
+    (place / "tiny.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "repspace.study", "tiny.yaml", "--with", "my_ray_nets", "--on", ray_cluster.address]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 were made, 0 failed" in done.stdout, done.stdout + done.stderr
+    run = records.read_run(place / "runs/tiny/digits.ray-net.none/0")
+    source = hashlib.sha256(b"my_ray_nets.py\0" + hashlib.sha256(MINE.encode()).digest()).hexdigest()[:16]
+    assert run["sources"] == ["my_ray_nets:small_net"] and run["provenance"]["with"] == {"my_ray_nets": source}
+    assert not litter(place)
+
+
 def workers():
     """The processes on this machine that make runs."""
     return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.worker" in (p.info["cmdline"] or [])]
@@ -447,3 +472,46 @@ def test_auto_without_a_cluster_is_this_machine(place, monkeypatch, done_here):
     assert [job.slug for job in done_here] == [PLAIN, MIXUP]
     with pytest.raises(ValueError, match="no Ray cluster can be used at .*ray start --head"):
         study.run("tiny.yaml", on="127.0.0.1:1")
+
+
+def test_an_address_at_which_no_cluster_answers_is_said_within_seconds(place, monkeypatch):
+    define(place)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for on in ("127.0.0.1:1", "ray://127.0.0.1:1", address, f"ray://{address}", "ray://no.such.host.invalid:10001"):
+            start = time.monotonic()
+            with pytest.raises(ValueError, match="no Ray cluster can be used at .*ray start --head"):
+                study.run("tiny.yaml", on=on)
+            assert time.monotonic() - start < 30, on
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match="at '127.0.0.1:1'"):
+        study.run("tiny.yaml", on="auto")
+    assert not list((place / "runs").iterdir())
+
+
+# Notebooks that cannot be executed
+
+def small_notebook(path, kernel="python3"):
+    path.write_text(json.dumps({
+        "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": "6 * 7"}],
+        "metadata": {"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def test_what_another_try_cannot_mend_is_said_once(place, caplog):
+    (place / "broken.ipynb").write_text("{")
+    for source, message in ((small_notebook(place / "julia.ipynb", "julia-1.9"), "kernel 'julia-1.9', which is not installed"),
+                            (place / "missing.ipynb", "there is no notebook"), (place / "broken.ipynb", "is no notebook")):
+        with pytest.raises(ValueError, match=message):
+            notebooks.execute_notebook(source, place / "out.ipynb")
+    assert "trying again" not in caplog.text and not (place / "out.ipynb").exists()
+
+
+def test_a_long_folder_for_temporary_files_is_too_long_for_sockets_only(place, monkeypatch):
+    long = place / ("x" * 100) / "{y}"
+    long.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    source = small_notebook(long / "small.ipynb")
+    assert notebooks.execute_notebook(source, long / "out.ipynb").cells[0].outputs[0].data["text/plain"] == "42"
+    assert sorted(p.name for p in long.iterdir()) == ["out.ipynb", "small.ipynb"]
