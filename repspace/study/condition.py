@@ -166,7 +166,7 @@ def missing_seeds(study, condition, seeds, runs=None, published=True):
 def weights_path(condition, seed, runs=None):
     """Where the weights of a run are kept."""
     name = records.training_key(run_settings(condition, seed))
-    return Path(runs or records.runs_root() or "runs") / "weights" / f"{name}.safetensors"
+    return records.runs_or_default(runs) / "weights" / f"{name}.safetensors"
 
 def _untrained(condition, dataset, seed):
     from repspace import train
@@ -357,7 +357,7 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     folder of fresh records (default: `records.runs_root()`, else `./runs`). `published`: whether
     published runs count as done.
     """
-    seeds, runs = list(map(int, seeds)), Path(runs or records.runs_root() or "runs")
+    seeds, runs = list(map(int, seeds)), records.runs_or_default(runs)
     folder = records.run_folder(study, condition.slug, 0, runs).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
