@@ -353,7 +353,7 @@ def test_a_cluster_makes_the_same_records(ray_cluster, place, finished):
     weights = [{p.name for p in where.glob("runs/weights/*.safetensors")} for where in (finished, place)]
     assert weights[0] == weights[1] and len(weights[0]) == 2
     notebook, = (place / "book").iterdir()
-    assert notebook.name == f"{MIXUP}.ipynb" and notebook.read_text().count("<figure") == 4, "one needs the weights"
+    assert notebook.name == f"{MIXUP}.ipynb" and notebook.read_text().count("<figure") == 6, "one needs the weights"
     assert not litter(place)
     again = study.run("tiny.yaml", on=ray_cluster.address, notebooks="book", published=False)
     assert (again.done, again.made, len(again.failed)) == (2, 0, 0)

@@ -281,7 +281,7 @@ def test_notebooks_are_executed_once(place):
     path = place / "book" / "digits.tiny-cnn.label-smoothing-0.1.ipynb"
     notebook = json.loads(path.read_text())
     text = json.dumps(notebook)
-    assert "# digits · tiny-cnn · label smoothing 0.1" in json.dumps(notebook, ensure_ascii=False) and text.count("<figure") == 4
+    assert "# digits · tiny-cnn · label smoothing 0.1" in json.dumps(notebook, ensure_ascii=False) and text.count("<figure") == 6
     assert str(Path(study.__file__).parents[2] / "nbs") not in json.dumps(notebook["metadata"])
     made = path.stat().st_mtime_ns
     study.run("tiny.yaml", notebooks="book", published=False)
