@@ -14,8 +14,12 @@ ON ?= local
 override STUDY := $(value STUDY)
 override ON := $(value ON)
 override GPUS := $(value GPUS)
+override AFRESH := $(value AFRESH)
+override WITH := $(value WITH)
 override BENCH := $(value BENCH)
-export STUDY ON GPUS BENCH
+export STUDY ON GPUS AFRESH WITH BENCH
+# Appends --with=MODULE for each word of WITH to the arguments "$$@" of the program that follows.
+MODULES = set -f; for module in $$WITH; do set -- "$$@" "--with=$$module"; done;
 
 .DEFAULT_GOAL := help
 .PHONY: help setup book test study publish bench export pins clean
@@ -25,7 +29,8 @@ help:
 	@echo "make test                set up, run all tests but the long ones; DEEP=1 runs these"
 	@echo "make study STUDY=digits  run a study of nbs/experiments/, or what is missing of it; ON=auto or"
 	@echo "                         ON=ray://HOST:PORT on a Ray cluster, GPUS=0.5 for two runs per GPU,"
-	@echo "                         AFRESH=1 also those that are published"
+	@echo "                         AFRESH=1 also those that are published; WITH=my_module imports a module of"
+	@echo "                         your own first, which registers what the study names (book, publish: too)"
 	@echo "make publish STUDY=digits  gather its records into results/, and bring README.md up to date"
 	@echo "make bench               time it beside what one would use instead; BENCH=--quick, BENCH=\"--only pgd\""
 	@echo "make setup               what test begins with: .venv, everything pinned, each file by its hash"
@@ -62,21 +67,21 @@ comma := ,
 setup: $(TEST)
 
 book: $(BOOK)
-	@$(RUN) book/build.py --study digits --study digits-2d
+	@$(MODULES) $(RUN) book/build.py --study digits --study digits-2d "$$@"
 
 test: $(TEST)
 	@$(RUN) -m pytest $(if $(DEEP),-m deep)
 
 study: $(BOOK)
-	@$(RUN) -m repspace.study "$$STUDY" --notebooks "_build/lab/$$STUDY" --on "$$ON" \
-		$(if $(GPUS),--gpus "$$GPUS") $(if $(AFRESH),--afresh)
+	@$(MODULES) $(RUN) -m repspace.study --notebooks="_build/lab/$$STUDY" --on="$$ON" \
+		$${GPUS:+--gpus="$$GPUS"} $${AFRESH:+--afresh} "$$@" -- "$$STUDY"
 
 publish: $(BOOK)
-	@$(RUN) -m repspace.study publish "$$STUDY"
+	@$(MODULES) $(RUN) -m repspace.study publish "$$@" -- "$$STUDY"
 	@$(RUN) book/readme.py
 
 bench: $(TEST)
-	@$(RUN) -m benchmarks $$BENCH
+	@set -f; $(RUN) -m benchmarks $$BENCH
 
 export: $(BOOK)
 	@find repspace -mindepth 1 -name '*.py' ! -path repspace/__init__.py -delete   # nbdev keeps what no notebook exports

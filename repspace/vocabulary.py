@@ -150,7 +150,8 @@ class DataRow(NamedTuple):
     """A data set: how it is called, and what is measured on it. Limits are in units of 1/255.
 
     `split_by_seed`: whether a run's seed draws its split. `attack_images`: so many test images are
-    attacked (None: all); `published`: the rows of so many are published."""
+    attacked (None: all); `published`: the rows of so many are published. `train_images` and
+    `classes`: how many it has; None where that is known only when it is loaded."""
     name: str
     words: str
     reference: float
@@ -161,14 +162,16 @@ class DataRow(NamedTuple):
     step_fraction: float = 1 / 2
     min_seeds: int = 5
     split_by_seed: bool = False
+    train_images: int | None = None
+    classes: int | None = None
     source: str = ""
 
 _natural = dict(reference=0.4, grid=(0.1, 0.2, 0.4, 1, 2, 4, 8))
 DATA = Table("data", [
     DataRow("digits", "8×8 digits", 16, (8, 16, 24, 32, 48, 64), published=200, attack_images=None,
-            min_seeds=10, split_by_seed=True),
-    DataRow("cifar10", "CIFAR-10", **_natural),
-    DataRow("cifar100", "CIFAR-100", **_natural),
+            min_seeds=10, split_by_seed=True, train_images=200, classes=10),
+    DataRow("cifar10", "CIFAR-10", train_images=50_000, classes=10, **_natural),
+    DataRow("cifar100", "CIFAR-100", train_images=50_000, classes=100, **_natural),
     DataRow("folder", "images of a folder", **_natural)])
 
 def data_row(name):

@@ -26,7 +26,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC may hang in 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here goes before the cluster
 
 from repspace import data, records, study
-from repspace.study import jobs
+from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
 from repspace.study.condition import Condition, run_condition
 
@@ -218,14 +218,14 @@ def test_a_kernel_that_fails_to_start_is_tried_again(place, monkeypatch, caplog)
         "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": "6 * 7"}],
         "metadata": {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}},
         "nbformat": 4, "nbformat_minor": 5}))
-    executed = jobs.execute_notebook(notebook, place / "out.ipynb", cwd=place)
+    executed = notebooks.execute_notebook(notebook, place / "out.ipynb", cwd=place)
     assert executed.cells[0].outputs[0].data["text/plain"] == "42"
     assert caplog.text.count("the kernel did not last") == 2 and len(list(place.glob("start-*"))) == 3
     for start in place.glob("start-*"):
         start.unlink()
     (kernel / "kernel.json").write_text((kernel / "kernel.json").read_text().replace("< 3", "< 99"))
     with pytest.raises(Exception, match="[Kk]ernel died"):
-        jobs.execute_notebook(notebook, place / "out.ipynb", cwd=place)
+        notebooks.execute_notebook(notebook, place / "out.ipynb", cwd=place)
     assert len(list(place.glob("start-*"))) == 3
 
 
@@ -251,7 +251,7 @@ def test_a_worker_sees_the_gpu_of_its_place_and_no_other(place, monkeypatch):
     monkeypatch.setattr(sys, "executable", place / "python")
     (place / "python").write_text(f"#!/bin/sh\nexec {os.path.realpath('/proc/self/exe')} -c \"{seen}\"\n")
     (place / "python").chmod(0o700)
-    code, last = jobs.call({"runs": "runs"}, threading.Event(), {"CUDA_VISIBLE_DEVICES": "GPU-7"})
+    code, last = jobs.call(jobs.Job("tiny", {}, "tiny", [0], "runs", False), threading.Event(), {"CUDA_VISIBLE_DEVICES": "GPU-7"})
     assert (code, last) == (1, "GPU-71")
 
 
@@ -355,7 +355,7 @@ def test_a_cluster_makes_the_same_records(ray_cluster, place, finished):
     weights = [{p.name for p in where.glob("runs/weights/*.safetensors")} for where in (finished, place)]
     assert weights[0] == weights[1] and len(weights[0]) == 2
     notebook, = (place / "book").iterdir()
-    assert notebook.name == f"{MIXUP}.ipynb" and notebook.read_text().count("<figure") == 4, "one needs the weights"
+    assert notebook.name == f"{MIXUP}.ipynb" and notebook.read_text().count("<figure") == 6, "one needs the weights"
     assert not litter(place)
     again = study.run("tiny.yaml", on=ray_cluster.address, notebooks="book", published=False)
     assert (again.done, again.made, len(again.failed)) == (2, 0, 0)
@@ -374,9 +374,34 @@ def test_at_a_distance_and_from_the_weights_that_are_here(ray_cluster, place, fi
     assert {p: p.stat().st_mtime_ns for p in place.glob("runs/weights/*.safetensors")} == before
 
 
+MINE = """
+import torch
+from repspace import models
+
+def small_net(num_classes, in_channels, small_images):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, num_classes))
+
+models.register("ray-net", small_net)
+"""
+
+
+def test_a_cluster_takes_modules_of_the_command_along(ray_cluster, place):
+    (place / "my_ray_nets.py").write_text(MINE)
+    content = yaml.safe_load(define(place, ["none"]).read_text())
+    content["grid"][0]["models"] = ["ray-net"]
+    (place / "tiny.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "repspace.study", "tiny.yaml", "--with", "my_ray_nets", "--on", ray_cluster.address]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 were made, 0 failed" in done.stdout, done.stdout + done.stderr
+    run = records.read_run(place / "runs/tiny/digits.ray-net.none/0")
+    source = hashlib.sha256(b"my_ray_nets.py\0" + hashlib.sha256(MINE.encode()).digest()).hexdigest()[:16]
+    assert run["sources"] == ["my_ray_nets:small_net"] and run["provenance"]["with"] == {"my_ray_nets": source}
+    assert not litter(place)
+
+
 def workers():
     """The processes on this machine that make runs."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.jobs" in (p.info["cmdline"] or [])]
+    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.worker" in (p.info["cmdline"] or [])]
 
 
 def test_a_node_that_dies_and_a_worker_that_is_killed_cost_no_run(ray_cluster, place, caplog):
@@ -435,7 +460,7 @@ def test_without_ray_only_the_cluster_is_missing(place, monkeypatch, capsys, don
         assert "pip install repspace[ray]" in capsys.readouterr().err
     assert not done_here
     outcome = study.run("tiny.yaml", published=False)
-    assert [job["slug"] for job in done_here] == [PLAIN, MIXUP]
+    assert [job.slug for job in done_here] == [PLAIN, MIXUP]
     assert outcome.summary().count("it was not made, and nothing says why") == 2
     light = "import sys; sys.modules['ray'] = None; import repspace.study, repspace.study.cluster"
     assert subprocess.run([sys.executable, "-c", light]).returncode == 0
@@ -446,6 +471,49 @@ def test_auto_without_a_cluster_is_this_machine(place, monkeypatch, done_here):
     def none_runs(*_, **__): raise ConnectionError("Could not find any running Ray instance.")
     monkeypatch.setattr(ray, "init", none_runs)
     study.run(define(place), on="auto", published=False)
-    assert [job["slug"] for job in done_here] == [PLAIN, MIXUP]
+    assert [job.slug for job in done_here] == [PLAIN, MIXUP]
     with pytest.raises(ValueError, match="no Ray cluster can be used at .*ray start --head"):
         study.run("tiny.yaml", on="127.0.0.1:1")
+
+
+def test_an_address_at_which_no_cluster_answers_is_said_within_seconds(place, monkeypatch):
+    define(place)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for on in ("127.0.0.1:1", "ray://127.0.0.1:1", address, f"ray://{address}", "ray://no.such.host.invalid:10001"):
+            start = time.monotonic()
+            with pytest.raises(ValueError, match="no Ray cluster can be used at .*ray start --head"):
+                study.run("tiny.yaml", on=on)
+            assert time.monotonic() - start < 30, on
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match="at '127.0.0.1:1'"):
+        study.run("tiny.yaml", on="auto")
+    assert not list((place / "runs").iterdir())
+
+
+# Notebooks that cannot be executed
+
+def small_notebook(path, kernel="python3"):
+    path.write_text(json.dumps({
+        "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": "6 * 7"}],
+        "metadata": {"kernelspec": {"name": kernel, "display_name": "x", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}))
+    return path
+
+
+def test_what_another_try_cannot_mend_is_said_once(place, caplog):
+    (place / "broken.ipynb").write_text("{")
+    for source, message in ((small_notebook(place / "julia.ipynb", "julia-1.9"), "kernel 'julia-1.9', which is not installed"),
+                            (place / "missing.ipynb", "there is no notebook"), (place / "broken.ipynb", "is no notebook")):
+        with pytest.raises(ValueError, match=message):
+            notebooks.execute_notebook(source, place / "out.ipynb")
+    assert "trying again" not in caplog.text and not (place / "out.ipynb").exists()
+
+
+def test_a_long_folder_for_temporary_files_is_too_long_for_sockets_only(place, monkeypatch):
+    long = place / ("x" * 100) / "{y}"
+    long.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
+    source = small_notebook(long / "small.ipynb")
+    assert notebooks.execute_notebook(source, long / "out.ipynb").cells[0].outputs[0].data["text/plain"] == "42"
+    assert sorted(p.name for p in long.iterdir()) == ["out.ipynb", "small.ipynb"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['effects', 'scorecard', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition',
-           'distributions', 'Figure', 'by_model', 'capital', 'counted', 'full', 'half', 'ink', 'markers', 'name',
-           'names', 'number', 'ordered', 'palette', 'row_height', 'short', 'size', 'style', 'subplots', 'theme',
+           'distributions', 'perturbed', 'Figure', 'by_model', 'capital', 'counted', 'full', 'half', 'ink', 'markers',
+           'name', 'names', 'number', 'ordered', 'palette', 'row_height', 'short', 'size', 'style', 'subplots', 'theme',
            'units', 'verdict_colors', 'verdict_key', 'verdict_marks', 'class_colors', 'plane_regions', 'planes']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
@@ -354,3 +354,19 @@ def distributions(recorded, column, label=None, caption=None):
     _legend_of(fig, handles)
     finding = f"Median over test images of all seeds: {label or column}. {by_model(told)}"
     return Figure(fig, caption or finding, f"Densities. {finding}")
+
+# %% ../../nbs/instruments/figures/index.ipynb #a20fc1e4
+@theme()
+def perturbed(before, after, limit, said=("clean", "attacked"), caption=None):
+    """An image (H, W, C) in [0, 1] before and after an attack, and the change between, grey is none.
+
+    `limit`: the largest change, in /255, which is black or white; `said`: the two titles.
+    """
+    change = np.clip(0.5 + (np.asarray(after) - before) * 255 / limit / 2, 0, 1)
+    pictures = {said[0]: before, f"± {limit:g}/255": change, said[1]: after}
+    fig, axes = subplots(1, 3, (full, row_height))
+    for ax, (title, picture) in zip(axes.flat, pictures.items()):
+        ax.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1)
+        ax.set(title=title, xticks=[], yticks=[])
+    finding = f"{said[0]} before, {said[1]} after a change of at most {limit:g}/255 per pixel."
+    return Figure(fig, caption or finding, f"An image, what was added to it, their sum. {finding}")

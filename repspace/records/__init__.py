@@ -46,13 +46,19 @@ def key(settings):
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 # %% ../../nbs/instruments/records/index.ipynb #650e947d
+def _added(settings, *names):
+    """Those of `names` that say what was added from outside; nothing where nothing was."""
+    return {name: settings[name] for name in names if settings.get(name)}
+
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    return key(picked(settings, IDENTITY) | {"schema": SCHEMA})
+    added = _added(settings, "sources", "measure_sources")
+    return key(picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):
     """The key of the training alone: the same whatever is measured on it afterwards."""
-    return key(picked(settings, [name for name in IDENTITY if name != "measures"]))
+    trained = picked(settings, [name for name in IDENTITY if name != "measures"])
+    return key(trained | _added(settings, "sources"))
 
 # %% ../../nbs/instruments/records/index.ipynb #bf27bea7
 def _sources(source):
