@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verdicts', 'Interval', 'mean_interval', 'PairedEffect', 'paired_effect', 'Region', 'region', 'verdict', 'decision_p',
-           'holm', 'Decision', 'decide', 'familywise_error', 'bootstrap_interval', 'bootstrap_counts']
+           'holm', 'Decision', 'decide', 'familywise_error', 'bootstrap_interval', 'bootstrap_counts', 'correlation']
 
 # %% ../nbs/instruments/stats.ipynb #d3f45acc
 from typing import NamedTuple
@@ -187,3 +187,33 @@ def bootstrap_counts(n, n_draws=1000, seed=0):
     """How often each of `n` samples is drawn in each bootstrap sample: (n_draws, n), float32."""
     if n < 1: raise ValueError(f"there must be at least one sample, but n is {n}")
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(np.float32)
+
+# %% ../nbs/instruments/stats.ipynb #47a5cc80
+def _spread(x, mean):
+    "Variance under `mean`; NaN where it is rounding of the values or of the mean's square."
+    square, middle = mean(x * x), mean(x)
+    variance = square - middle**2
+    return np.where(variance > 1e-13 * square, variance, np.nan)
+
+
+def correlation(x, y, weights=None):
+    """Pearson's correlation of `x` and `y` (..., N) along the last axis, a number for two of (N,).
+
+    `weights` (N,) or (B, N), for `x` and `y` (N,): counts of each sample → one, or (B,). NaN without
+    spread, or with fewer than 3 samples. ValueError where shapes do not fit or weights are below 0.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    w = np.ones(x.shape[-1:]) if weights is None else np.asarray(weights, float)
+    fits = x.ndim and y.ndim and x.shape[-1] == y.shape[-1] == w.shape[-1]
+    if not fits or (w.ndim > 1 and x.ndim + y.ndim > 2) or not (w >= 0).all():
+        raise ValueError("x and y must be (N,) with weights (N,) or (B, N) of at least 0, or rows (..., N) "
+                         f"without, but they are {x.shape}, {y.shape} and {w.shape}")
+    if x.shape[-1] < 3: return np.nan + np.zeros(np.broadcast_shapes(x.shape, y.shape)[:-1] + w.shape[:-1])
+    flat = lambda v: np.ptp(v, axis=-1, keepdims=True) <= 1e-12 * np.abs(v).max(-1, keepdims=True)
+    x, y = (np.where(flat(v), 0, v - v.mean(-1, keepdims=True)) for v in (x, y))
+    total = w.sum(-1)
+    mean = lambda v: (w @ v if w.ndim > 1 else v @ w) / total
+    together = mean(x * y) - mean(x) * mean(y)
+    with np.errstate(invalid="ignore"):
+        r = np.clip(together / np.sqrt(_spread(x, mean) * _spread(y, mean)), -1, 1)
+    return r if r.ndim else float(r)
