@@ -9,8 +9,9 @@ __all__ = ['class_colors', 'plane_regions', 'planes']
 import numpy as np
 import seaborn as sns
 
-from .. import geometry, records
-from .canvas import Figure, by_model, full, ink, name, ordered, subplots, theme
+from .. import geometry
+from .canvas import Figure, by_model, full, ink, subplots, theme
+from ..vocabulary import ordered, regularizer_words
 
 # %% ../../nbs/instruments/figures/regions.ipynb #6119838a
 def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), steps=151, arrows=9):
@@ -48,7 +49,7 @@ def plane_regions(nets, caption=None, columns=3):
     told = []
     for ax, (title, net) in zip(axes.flat, nets.items()):
         regions = _plane_panel(ax, **net)
-        ax.set_title(name(title))
+        ax.set_title(regularizer_words(title))
         ax.spines[:].set_visible(True)
         told.append(("", title, f"{regions} {'region' if regions == 1 else 'regions'}"))
     for ax in axes.flat[len(nets):]: ax.set_axis_off()
@@ -65,7 +66,7 @@ def planes(recorded, seed=0, model=None, caption=None):
     nets = {}
     for text in ordered(runs.index):
         run = runs.loc[text]
-        arrays = records.arrays(run["study"], run["condition"], seed, run["source"])
+        arrays = recorded.arrays(run["condition"], seed)
         if "features" not in arrays:
             raise ValueError(f"{run['condition']} keeps no features: only nets with d ≤ 3 do")
         for title, prefix in (("before training", "untrained."), (text, "")):
