@@ -63,7 +63,7 @@ def _attacked(run):
     limit = (run["settings"] or {}).get("attack_images")
     return min(filter(None, (run["test_images"], limit)))
 
-def _net(row): return tuple(map(str, row))
+def _net(model, feature_dim): return model, None if pd.isna(feature_dim) else int(feature_dim)
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #ebacf0bd
 class Draws:
@@ -79,7 +79,7 @@ class Draws:
         runs = recorded.runs.to_dict("records")
         self.runs = {(run["condition"], run["seed"]): run for run in runs}
         self.nothing = samples.head(0)
-        self.plain = {_net((run["model"], run["feature_dim"])): run["condition"] for run in runs if run["regularizer"] == "none"}
+        self.plain = {_net(run["model"], run["feature_dim"]): run["condition"] for run in runs if run["regularizer"] == "none"}
         self.same_images = (samples.groupby("image")["label"].nunique() == 1).all()
         self._counts, self._scalars = {}, {}
 
@@ -147,7 +147,7 @@ def _of_seed(measure, draws, condition, plain, seed):
 
 def _effect(measure, row, draws):
     """(n_draws,) values of the effect of a ledger's row, or None where the rows do not tell."""
-    plain, per_seed = draws.plain.get(_net((row.model, row.feature_dim))), []
+    plain, per_seed = draws.plain.get(_net(row.model, row.feature_dim)), []
     for seed in row.per_seed.index:
         drawn = _of_seed(measure, draws, row.condition, plain, seed)
         if drawn is None: return None
