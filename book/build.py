@@ -1,6 +1,6 @@
 """Build the book: run studies, execute the chapters, assemble their pages, render the site.
 
-    python book/build.py [--study NAME ...] [--runs DIR] [--out DIR] [--executed DIR] [--jobs N]
+    python book/build.py [--study NAME ...] [--with MODULE ...] [--runs DIR] [--out DIR] [--executed DIR] [--jobs N]
 
 Everything is written under OUT/_build (OUT is the project's root unless given):
 executed/  chapters with their outputs, one file per state of what they read: nothing is executed twice
@@ -24,6 +24,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import yaml
+
+from repspace import vocabulary
+from repspace.study import additions
+from repspace.study.notebooks import execute_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -75,9 +79,9 @@ def digest(paths, base):
 
 def state(runs):
     """What chapters depend on besides their own text: (instruments, chapters that read fresh runs too)."""
-    read = [ROOT / "constraints.txt", *(ROOT / "repspace").rglob("*.py"),
+    read = [ROOT / "locks/book.txt", *(ROOT / "repspace").rglob("*.py"),
             *(p for folder in ("results", "nbs/experiments") for p in (ROOT / folder).rglob("*") if p.is_file())]
-    code = digest(read, ROOT)
+    code = digest(read, ROOT) + "".join(f"{name}{text}" for name, text in additions.hashes().items())
     return code, code + digest(runs.glob("*/*/*/run.json"), runs)
 
 
@@ -87,20 +91,16 @@ def child_environment(runs, runtime):
     """Kernels of this environment, whatever else the user's Jupyter, IPython and Matplotlib are set to."""
     env = os.environ | {
         "OMP_NUM_THREADS": "1", "REPSPACE_RUNS": str(runs), "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",
-        # Short, because the names of ipc sockets are limited to about 100 characters.
         "JUPYTER_RUNTIME_DIR": runtime, "IPYTHONDIR": f"{runtime}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     env.pop("MPLBACKEND", None)
-    return env
+    return env | additions.environment(additions.hashes())
 
 
-def readable(source):
-    """The notebook at `source`, its cells marked `#| slow` or `#| eval: false` tagged so that they are not executed."""
-    import nbformat
-    notebook = nbformat.read(source, as_version=4)
+def skip_marked(notebook):
+    """Tag the cells of `notebook` that are marked `#| slow` or `#| eval: false`, so that they are not executed."""
     for cell in notebook.cells:
         if cell.cell_type == "code" and SKIPPED.search(cell.source):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "skip-execution"]
-    return notebook
 
 
 def start_worker(log):
@@ -108,33 +108,24 @@ def start_worker(log):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 
 
-def execute(name, source, target):
+def execute(name, source, target, modules):
     """Execute one notebook into `target`; returns its name, the seconds, and the error as text or None."""
-    import papermill
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
-    start, partial = time.monotonic(), target.with_name(f".{target.name}")
-    error = None
-    for attempt in range(3):
-        # Sockets of its own: by default they lie in the working directory, where chapters side by side would meet.
-        sockets = tempfile.mkdtemp(dir=os.environ["JUPYTER_RUNTIME_DIR"])
-        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
-        try:
-            papermill.execute_notebook(readable(source), partial, cwd=source.parent, kernel_name="python3", config=config,
-                                       progress_bar=False, execution_timeout=1800, start_timeout=180)
-            partial.rename(target)
-            return name, time.monotonic() - start, None
-        except PapermillExecutionError as failure:
-            trace = ANSI.sub("", "\n".join(failure.traceback)).splitlines()
-            shown = "\n".join((["..."] if len(trace) > 60 else []) + trace[-60:])
-            error = f"In [{failure.exec_count}], which is\n\n{failure.source}\n\n{shown}"
-            break
-        except Exception as failure:  # a kernel that did not start or died: worth another try
-            error = f"its kernel did not survive (tried {attempt + 1} times): {type(failure).__name__}: {failure}"
+    start, error = time.monotonic(), None
+    try:
+        execute_notebook(source, target, cwd=source.parent, prepare=skip_marked, modules=modules, kernel="python3",
+                         timeout=1800)
+    except PapermillExecutionError as failure:
+        trace = ANSI.sub("", "\n".join(failure.traceback)).splitlines()
+        shown = "\n".join((["..."] if len(trace) > 60 else []) + trace[-60:])
+        error = f"In [{failure.exec_count}], which is\n\n{failure.source}\n\n{shown}"
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
     return name, time.monotonic() - start, error
 
 
-def execute_all(books, keys, folder, jobs, log):
+def execute_all(books, keys, folder, jobs, log, modules):
     """Execute what has changed; returns name → executed file and how many were executed."""
     targets = {name: folder / f"{name}.{keys[name]}.ipynb" for name in books}
     missing = [name for name, target in targets.items() if not target.exists()]
@@ -142,8 +133,7 @@ def execute_all(books, keys, folder, jobs, log):
                              initializer=start_worker, initargs=(log,)) as pool:
         futures = []
         for name in missing:
-            targets[name].parent.mkdir(parents=True, exist_ok=True)
-            futures.append(pool.submit(execute, name, books[name], targets[name]))
+            futures.append(pool.submit(execute, name, books[name], targets[name], modules))
         for count, future in enumerate(as_completed(futures), 1):
             name, seconds, error = future.result()
             if error:
@@ -162,8 +152,8 @@ def execute_all(books, keys, folder, jobs, log):
 LAB_LINK = re.compile(r"\[([^\[\]]*)\]\((lab/[^()]*)\.ipynb\)")
 
 
-def page(path, hidden, title=None, lab=()):
-    """An executed notebook as it is published: no traces of the machine, no progress bars, its own title.
+def page(path, hidden, lab=()):
+    """An executed notebook as it is published: no traces of the machine, no progress bars.
 
     A condition whose run was published by another machine has no page in this lab log: links to it become text.
     """
@@ -177,34 +167,32 @@ def page(path, hidden, title=None, lab=()):
             cell["metadata"].pop(key, None)
         if cell["cell_type"] == "code":
             cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
-    if title:
-        first = next((c for c in notebook["cells"] if c["cell_type"] == "markdown"), None)
-        if first:
-            first["source"] = re.sub(r"\A\s*# .*", lambda _: f"# {title}", "".join(first["source"]))
     return json.dumps(notebook, indent=1, ensure_ascii=False)
 
 
-def condition_title(slug):
-    """`digits.tiny-cnn.mixup-1.0` → `digits · tiny-cnn · Mixup 1.0`"""
-    data, model, regularizer = slug.split(".", 2)
-    words = {"none": "plain", "mixup": "Mixup", "cutmix": "CutMix"}
-    return f"{data} · {model} · {' '.join(words.get(word, word) for word in regularizer.split('-'))}"
+def condition_of(path):
+    """What the executed notebook of a condition at `path` says of itself: its title, and its parameters."""
+    notebook = json.loads(path.read_text())
+    title = "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+    return title, notebook["metadata"]["papermill"]["parameters"]
 
 
-def condition_order(path):
-    """Of a network the plain training comes first, as in every table of the book."""
-    data, model, regularizer = path.stem.split(".", 2)
-    return data, model, regularizer != "none", regularizer
+def in_order(paths):
+    """Notebooks of conditions by network, of each the plain training first, as in every table of the book."""
+    made = {path: condition_of(path)[1] for path in paths}
+    order = vocabulary.ordered(condition["regularizer"] for condition in made.values())
+    return sorted(made, key=lambda path: (made[path]["data"], made[path]["model"], made[path].get("feature_dim") or 0,
+                                          order.index(made[path]["regularizer"])))
 
 
-def condition_row(page_name, slug, folder):
+def condition_row(page_name, title, folder):
     """One row of the lab log, from the run.json files of a condition."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json")) if path.parent.name.isdigit()]
     failed = len(list(folder.glob("*.failed.json")))
 
     def mean(get):
         return sum(map(get, runs)) / len(runs) if runs else float("nan")
-    return (f"| [{condition_title(slug)}]({page_name}) | {len(runs)}" + (f" ({failed} failed)" if failed else "")
+    return (f"| [{title}]({page_name}) | {len(runs)}" + (f" ({failed} failed)" if failed else "")
             + f" | {mean(lambda r: r['scalars']['accuracy']):.3f} | {mean(lambda r: r['seconds']['train']):.1f} s"
             f" | {mean(lambda r: r['seconds']['measure']):.1f} s |")
 
@@ -229,12 +217,13 @@ def assemble_lab(build, runs, hidden):
     for study in studies:
         text += (f"\n## {study.name}\n\n| condition | runs | accuracy, mean | training, per run | measuring, per run |\n"
                  "|---|---|---|---|---|\n")
-        for path in sorted(study.glob("*.ipynb"), key=condition_order):
+        for path in in_order(p for p in study.glob("*.ipynb") if not p.name.endswith(".failed.ipynb")):
             name = f"lab/{study.name}/{path.stem}"
             target = build / "source" / f"{name}.ipynb"
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(page(path, hidden, condition_title(path.stem)))
-            text += condition_row(f"{study.name}/{path.name}", path.stem, runs / study.name / path.stem) + "\n"
+            target.write_text(page(path, hidden))
+            title = condition_of(path)[0]
+            text += condition_row(f"{study.name}/{path.name}", title, runs / study.name / path.stem) + "\n"
             names.append(name)
     (build / "source/lab").mkdir(exist_ok=True)
     (build / "source/lab/index.md").write_text(text if names else LAB + LAB_EMPTY)
@@ -301,9 +290,9 @@ def render(build, env):
 
 # ---- all of it ----
 
-def run_study(name, build, runs, env):
+def run_study(name, build, runs, env, modules):
     command = [sys.executable, "-m", "repspace.study", name, "--afresh",
-               "--notebooks", str(build / "lab" / name), "--runs", str(runs)]
+               "--notebooks", str(build / "lab" / name), "--runs", str(runs), *(f"--with={module}" for module in modules)]
     if subprocess.run(command, env=env, cwd=ROOT).returncode:
         stop(f"the study {name} has failed runs (see above); what is whole is kept, and `make book` goes on from there")
 
@@ -311,11 +300,19 @@ def run_study(name, build, runs, env):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", action="append", default=[], metavar="NAME", help="run this study first")
+    parser.add_argument("--with", action="append", default=[], metavar="MODULE", dest="modules",
+                        help="import this module first, in studies and chapters")
     parser.add_argument("--runs", type=Path, help="records are read from and written to here (default: REPSPACE_RUNS, runs/)")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder in which _build is made")
     parser.add_argument("--executed", type=Path, help="keep executed chapters here (default: OUT/_build/executed)")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="chapters executed side by side")
     args = parser.parse_args(argv)
+    if args.modules:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, and not only book/
+        try:
+            additions.import_modules(args.modules)
+        except ValueError as error:
+            stop(error)
     build = args.out.resolve() / "_build"
     runs = Path(args.runs or os.environ.get("REPSPACE_RUNS") or ROOT / "runs").resolve()
     build.mkdir(parents=True, exist_ok=True)
@@ -336,12 +333,12 @@ def main(argv=None):
         os.environ.update(env)
         books = notebooks()
         for name in args.study:
-            stage(f"Study {name}", run_study, name, build, runs, env)
+            stage(f"Study {name}", run_study, name, build, runs, env, args.modules)
         code, records = state(runs)
         keys = {name: hashlib.sha256(path.read_bytes() + (code if name.startswith("instruments/") else records).encode())
                 .hexdigest()[:16] for name, path in books.items()}
         executed, count = stage(f"Chapters ({len(books)})", execute_all, books, keys,
-                                args.executed or build / "executed", args.jobs, build / "kernels.log")
+                                args.executed or build / "executed", args.jobs, build / "kernels.log", args.modules)
         say(f"  {count} executed, {len(books) - count} unchanged")
         stage("Pages", assemble, executed, build, runs)
         if not stage("Site", render, build, env):

@@ -7,7 +7,6 @@ __all__ = ['STRENGTHS', 'CORRUPTIONS', 'SEVERITIES', 'corrupt', 'over_severities
 
 # %% ../nbs/instruments/corruptions.ipynb #785d4310
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -16,13 +15,15 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 from . import calibration
-from .attacks.steps import check_images, check_logits, frozen, logits_of
+from .arrays import check_labels
+from .attacks.steps import as_generator, check_count, check_images
+from .attacks.target import check_logits, frozen, logits_of
 
 # %% ../nbs/instruments/corruptions.ipynb #5034f0c4
 def _normal(images, seed, block=64):
     "Standard normal numbers like `images` (N, …); those of an image do not depend on later ones."
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(block, *images.shape[1:], generator=generator)
+    generator = as_generator(seed)
+    drawn = [torch.randn(block, *images.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
              for _ in range(0, len(images), block)]
     return torch.cat(drawn)[:len(images)].to(images) if drawn else torch.zeros_like(images)
 
@@ -62,18 +63,21 @@ CORRUPTIONS = tuple(STRENGTHS)
 SEVERITIES = (0, 1, 2, 3, 4, 5)
 
 
-def _check(images, names, severities):
+def _check(images, names, severities, seed):
     for name in names:
         if name not in CORRUPTIONS:
             raise ValueError(f"unknown corruption {name!r}; allowed: {', '.join(CORRUPTIONS)}")
     for severity in severities:
-        if severity not in SEVERITIES:
+        if isinstance(severity, bool) or severity not in SEVERITIES:
             allowed = ", ".join(map(str, SEVERITIES))
             raise ValueError(f"severity must be one of {allowed} (0: the image itself), "
                              f"but it is {severity!r}")
     if torch.is_tensor(images) and (images.ndim != 4 or images.shape[1] not in (1, 3)):
         raise ValueError(f"images must be (N, C, H, W) with 1 or 3 channels, but they are "
                          f"{tuple(images.shape)}")
+    if seed is None or isinstance(seed, torch.Generator):
+        raise ValueError(f"seed must be a whole number, but it is {seed!r}")
+    as_generator(seed)
 
 # %% ../nbs/instruments/corruptions.ipynb #3b711e8b
 def corrupt(images, name, severity, seed=0):
@@ -82,7 +86,7 @@ def corrupt(images, name, severity, seed=0):
     Floats in [0, 1] with 1 or 3 channels; a new tensor of the same shape, dtype and device. `seed`
     draws the noise; the result does not depend on later images. ValueError for what is not so.
     Kinds after Hendrycks & Dietterich 2019; strengths for small images, our choice."""
-    _check(images, [name], [severity])
+    _check(images, [name], [severity], seed)
     images, _ = check_images(images, torch.zeros(len(images), dtype=torch.long))
     if not severity or not images.numel():
         return images.clone()
@@ -94,11 +98,14 @@ def over_severities(model, images, labels, names=CORRUPTIONS, severities=SEVERIT
                     batch_size=512, n_bins=15):
     """Table of corruption, severity, accuracy, ece: a row for each of `names` × `severities`.
 
-    `model` gives logits (n, K) for images (n, C, H, W); a module is in evaluation mode meanwhile
-    and then as it was. `images` (N, C, H, W) floats in [0, 1], `labels` int64 (N,)."""
-    names, severities = list(names), list(severities)
-    _check(images, names, severities)
+    `model`: any function of images (n, C, H, W) that gives logits (n, K); a module is in evaluation
+    mode meanwhile and then as it was. `names`, `severities`: several or one. `images` (N, C, H, W)
+    floats in [0, 1], `labels` integers (N,). ValueError before anything is corrupted."""
+    names = [names] if isinstance(names, str) else list(names)
+    severities = [severities] if isinstance(severities, int) else list(severities)
+    _check(images, names, severities, seed)
     images, labels = check_images(images, labels)
+    batch_size, n_bins = check_count(batch_size, "batch_size"), check_count(n_bins, "n_bins")
     if not (len(images) and names and severities):
         raise ValueError("there are no images, names or severities to judge: they are "
                          f"{len(images)}, {len(names)} and {len(severities)}")
@@ -110,7 +117,10 @@ def over_severities(model, images, labels, names=CORRUPTIONS, severities=SEVERIT
         probs = calibration.softmax(logits.double())
         return accuracy, calibration.expected_calibration_error(probs, labels, n_bins)
 
-    with frozen(model) if isinstance(model, torch.nn.Module) else nullcontext():
+    with frozen(model):
+        first = logits_of(model, images[:batch_size], batch_size)
+        check_logits(first, labels[:batch_size])
+        check_labels(labels, None, first.shape[1])
         clean = judged(names[0], 0) if 0 in severities else None
         rows = [(name, severity, *(judged(name, severity) if severity else clean))
                 for name in names for severity in severities]

@@ -16,7 +16,7 @@ import pandas as pd
 from . import claims, figures, records
 from .claims import Markdown, sampling
 from .claims.tables import escaped, markdown_rows
-from .study.condition import provenance
+from .study.origin import provenance
 from .vocabulary import (DATA, attack_words, data_words, listed, number, ordered,
                                  regularizer_words)
 

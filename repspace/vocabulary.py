@@ -6,10 +6,10 @@
 __all__ = ['REGULARIZERS', 'DATA', 'MODELS', 'ATTACKS', 'VERDICTS', 'AUGMENTATIONS', 'DEPTHS', 'units', 'Table', 'source_of',
            'Strength', 'RegularizerRow', 'Part', 'parts', 'regularizer_words', 'regularizer_style', 'ordered',
            'DataRow', 'data_row', 'data_words', 'ModelRow', 'AttackRow', 'attack_words', 'VerdictRow', 'Recipe',
-           'number', 'listed', 'capital']
+           'check_batches', 'number', 'listed', 'capital']
 
 # %% ../nbs/instruments/vocabulary.ipynb #1dd44f56
-import math
+import math, re
 from dataclasses import asdict, dataclass, fields
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ class Table(dict):
 
     def add(self, row):
         """Add `row`; the same one twice is allowed, another one under its name is a `ValueError`."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(row.name), re.ASCII):
+            raise ValueError(f"{self.kind} {row.name!r} must be named by letters, digits, -, _ and .")
         if self.get(row.name, row) != row:
             raise ValueError(f"{self.kind} {row.name!r} is taken by {self[row.name]}: "
                              "choose another name")
@@ -37,9 +39,9 @@ class Table(dict):
 # %% ../nbs/instruments/vocabulary.ipynb #aaa355d5
 def source_of(function):
     """`module:name` of a function or class that is added from outside the package."""
-    module, name = function.__module__, function.__qualname__
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "<>")
     if "<" in name:
-        raise ValueError(f"{name} has no name that it could be found by: define it with `def` or "
+        raise ValueError(f"{function!r} has no name that it could be found by: define it with `def` or "
                          "`class` at the top of a module")
     return f"{module}:{name}"
 
@@ -114,6 +116,9 @@ def parts(text):
     names = [part.row.name for part in found]
     if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
         raise ValueError(f"regularizer {text!r} must name different ones, and none only alone")
+    mixing = [part.row.name for part in found if part.row.mixes]
+    if len(mixing) > 1:
+        raise ValueError(f"regularizer {text!r}: only one can mix images, not {' and '.join(mixing)}")
     return found
 
 # %% ../nbs/instruments/vocabulary.ipynb #34796f26
@@ -145,7 +150,8 @@ class DataRow(NamedTuple):
     """A data set: how it is called, and what is measured on it. Limits are in units of 1/255.
 
     `split_by_seed`: whether a run's seed draws its split. `attack_images`: so many test images are
-    attacked (None: all); `published`: the rows of so many are published."""
+    attacked (None: all); `published`: the rows of so many are published. `train_images` and
+    `classes`: how many it has; None where that is known only when it is loaded."""
     name: str
     words: str
     reference: float
@@ -156,14 +162,16 @@ class DataRow(NamedTuple):
     step_fraction: float = 1 / 2
     min_seeds: int = 5
     split_by_seed: bool = False
+    train_images: int | None = None
+    classes: int | None = None
     source: str = ""
 
 _natural = dict(reference=0.4, grid=(0.1, 0.2, 0.4, 1, 2, 4, 8))
 DATA = Table("data", [
     DataRow("digits", "8×8 digits", 16, (8, 16, 24, 32, 48, 64), published=200, attack_images=None,
-            min_seeds=10, split_by_seed=True),
-    DataRow("cifar10", "CIFAR-10", **_natural),
-    DataRow("cifar100", "CIFAR-100", **_natural),
+            min_seeds=10, split_by_seed=True, train_images=200, classes=10),
+    DataRow("cifar10", "CIFAR-10", train_images=50_000, classes=10, **_natural),
+    DataRow("cifar100", "CIFAR-100", train_images=50_000, classes=100, **_natural),
     DataRow("folder", "images of a folder", **_natural)])
 
 def data_row(name):
@@ -291,6 +299,18 @@ class Recipe:
     def to_dict(self):
         """All fields by name, as from_dict takes them."""
         return asdict(self)
+
+# %% ../nbs/instruments/vocabulary.ipynb #2291ef1d
+def check_batches(images, batch_size, batch_norm):
+    """`ValueError` where a net cannot train on so many `images` (None: unknown) in such batches.
+
+    `batch_norm`: whether the net has batch normalization, as `ModelRow` says."""
+    if images is not None and images < 1:
+        raise ValueError(f"there must be a training image at least, not {images}")
+    for what, n in (("batch_size", batch_size), ("number of training images", images)):
+        if batch_norm and n == 1:
+            raise ValueError(f"a net with batch normalization cannot train on one image at a time: "
+                             f"the {what} is 1, and must be 2 or more")
 
 # %% ../nbs/instruments/vocabulary.ipynb #9c9043c3
 units = {"": (1, 3, ""), "%": (100, 1, " %"), "points": (100, 2, " points")}

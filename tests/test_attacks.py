@@ -227,8 +227,8 @@ def test_one_image_and_none(small, attack):
     (dict(x=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "torch.uint8"),
     (dict(x=torch.full((2, 3, 8, 8), -1.0)), r"must lie in \[0, 1\]"),
     (dict(x=torch.full((2, 3, 8, 8), torch.nan)), r"must lie in \[0, 1\]"),
-    (dict(y=torch.zeros(3, dtype=int)), r"shape \(2,\)"), (dict(y=torch.zeros(2)), "integers"),
-    (dict(y=torch.zeros(2, 5)), r"shape \(2,\)"),
+    (dict(y=torch.zeros(3, dtype=int)), "2 integers"), (dict(y=torch.zeros(2)), "integers"),
+    (dict(y=torch.zeros(2, 5)), "2 integers.*one-hot"),
     (dict(eps=8), "8 / 255"), (dict(eps=-0.1), r"\[0, 1\]"), (dict(eps=float("nan")), r"\[0, 1\]")])
 @pytest.mark.parametrize("one", [fgsm, pgd, sign_noise])
 def test_wrong_inputs_are_refused(small, one, change, message):
@@ -240,7 +240,7 @@ def test_wrong_inputs_are_refused(small, one, change, message):
 def test_labels_and_logits_that_do_not_fit_are_refused(small):
     net, x, y = small
     for one in (fgsm, pgd):
-        with pytest.raises(ValueError, match="labels must lie in 0 … 4"):
+        with pytest.raises(ValueError, match="labels must lie in 0..4"):
             one(net, x, y + 5, 0.1)
         with pytest.raises(ValueError, match="not finite"):
             one(nn.Sequential(net, nn.Threshold(1e9, float("inf"))), x, y, 0.1)

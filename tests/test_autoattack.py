@@ -121,7 +121,7 @@ def test_square_is_that_of_torchattacks_but_for_the_last_row_and_column(digits, 
 
     expected = mean(lambda seed: torchattacks.Square(net, eps=EPS, n_queries=300, seed=seed)(x, y))
     reaching = mean(ours)
-    monkeypatch.setattr(autoattack, "_windows", windows_of_torchattacks)
+    monkeypatch.setattr(auto, "_windows", windows_of_torchattacks)
     theirs = mean(ours)
     assert theirs == pytest.approx(expected, abs=0.035)
     assert reaching < theirs - 0.02

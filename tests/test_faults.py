@@ -26,7 +26,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # else gRPC may hang in 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs here goes before the cluster
 
 from repspace import data, records, study
-from repspace.study import jobs
+from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
 from repspace.study.condition import Condition, run_condition
 
@@ -100,8 +100,8 @@ def test_a_study_on_a_full_disk_says_so_and_goes_on_when_there_is_room(small_dis
     assert len(records.load("tiny", "fresh").runs) == 2 and not litter(small_disk)
 
 
-@pytest.mark.parametrize("writer, again", [("_write_frame", "remeasured"), ("_write_arrays", "remeasured"),
-                                           ("_write_json", "remeasured"), ("write_file", "made")])
+@pytest.mark.parametrize("writer, again", [("write_frame", "remeasured"), ("write_arrays", "remeasured"),
+                                           ("write_json", "remeasured"), ("write_file", "made")])
 def test_no_space_at_any_file_leaves_nothing_half_written(place, monkeypatch, writer, again):
     def full(path, *_):
         with open("/dev/full", "wb", buffering=0) as file:
@@ -109,7 +109,7 @@ def test_no_space_at_any_file_leaves_nothing_half_written(place, monkeypatch, wr
     condition = Condition("digits", "tiny-cnn", "none", RECIPE)
     make = lambda: run_condition(condition, [0], "tiny", progress=False).iloc[0]
     with monkeypatch.context() as patch:
-        patch.setattr(records, writer, full)
+        patch.setattr(records.files, writer, full)
         row = make()
     assert row.status == "failed" and "no space is left on the disk of" in row.reason and PLAIN in row.reason
     assert not when_made(place) and all(p.name == "0.failed.json" for p in litter(place))
@@ -216,14 +216,14 @@ def test_a_kernel_that_fails_to_start_is_tried_again(place, monkeypatch, caplog)
         "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": "6 * 7"}],
         "metadata": {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}},
         "nbformat": 4, "nbformat_minor": 5}))
-    executed = jobs.execute_notebook(notebook, place / "out.ipynb", cwd=place)
+    executed = notebooks.execute_notebook(notebook, place / "out.ipynb", cwd=place)
     assert executed.cells[0].outputs[0].data["text/plain"] == "42"
     assert caplog.text.count("the kernel did not last") == 2 and len(list(place.glob("start-*"))) == 3
     for start in place.glob("start-*"):
         start.unlink()
     (kernel / "kernel.json").write_text((kernel / "kernel.json").read_text().replace("< 3", "< 99"))
     with pytest.raises(Exception, match="[Kk]ernel died"):
-        jobs.execute_notebook(notebook, place / "out.ipynb", cwd=place)
+        notebooks.execute_notebook(notebook, place / "out.ipynb", cwd=place)
     assert len(list(place.glob("start-*"))) == 3
 
 
@@ -249,7 +249,7 @@ def test_a_worker_sees_the_gpu_of_its_place_and_no_other(place, monkeypatch):
     monkeypatch.setattr(sys, "executable", place / "python")
     (place / "python").write_text(f"#!/bin/sh\nexec {os.path.realpath('/proc/self/exe')} -c \"{seen}\"\n")
     (place / "python").chmod(0o700)
-    code, last = jobs.call({"runs": "runs"}, threading.Event(), {"CUDA_VISIBLE_DEVICES": "GPU-7"})
+    code, last = jobs.call(jobs.Job("tiny", {}, "tiny", [0], "runs", False), threading.Event(), {"CUDA_VISIBLE_DEVICES": "GPU-7"})
     assert (code, last) == (1, "GPU-71")
 
 
@@ -374,7 +374,7 @@ def test_at_a_distance_and_from_the_weights_that_are_here(ray_cluster, place, fi
 
 def workers():
     """The processes on this machine that make runs."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.jobs" in (p.info["cmdline"] or [])]
+    return [p for p in psutil.process_iter(["cmdline"]) if "repspace.study.worker" in (p.info["cmdline"] or [])]
 
 
 def test_a_node_that_dies_and_a_worker_that_is_killed_cost_no_run(ray_cluster, place, caplog):
@@ -433,7 +433,7 @@ def test_without_ray_only_the_cluster_is_missing(place, monkeypatch, capsys, don
         assert "pip install repspace[ray]" in capsys.readouterr().err
     assert not done_here
     outcome = study.run("tiny.yaml", published=False)
-    assert [job["slug"] for job in done_here] == [PLAIN, MIXUP]
+    assert [job.slug for job in done_here] == [PLAIN, MIXUP]
     assert outcome.summary().count("it was not made, and nothing says why") == 2
     light = "import sys; sys.modules['ray'] = None; import repspace.study, repspace.study.cluster"
     assert subprocess.run([sys.executable, "-c", light]).returncode == 0
@@ -444,6 +444,6 @@ def test_auto_without_a_cluster_is_this_machine(place, monkeypatch, done_here):
     def none_runs(*_, **__): raise ConnectionError("Could not find any running Ray instance.")
     monkeypatch.setattr(ray, "init", none_runs)
     study.run(define(place), on="auto", published=False)
-    assert [job["slug"] for job in done_here] == [PLAIN, MIXUP]
+    assert [job.slug for job in done_here] == [PLAIN, MIXUP]
     with pytest.raises(ValueError, match="no Ray cluster can be used at .*ray start --head"):
         study.run("tiny.yaml", on="127.0.0.1:1")

@@ -8,7 +8,8 @@ from torch import nn
 from repspace import data, regularize, train
 from repspace.attacks import masking
 
-CHECKS = ["square", "transfer", "weak loss", "more steps", "zero gradients", "logit scale"]
+CHECKS = ["square", "transfer", "weak loss", "more steps", "zero gradients", "logit scale",
+          "same answer"]
 EPS = 24 / 255
 QUICK = dict(images=200, n_queries=100, steps=(20, 50))
 

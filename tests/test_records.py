@@ -69,9 +69,10 @@ def test_a_writer_killed_at_any_step_leaves_no_record(place, step):
         import os, pathlib, signal, sys
         sys.path.insert(0, {str(__file__).rsplit('/', 1)[0]!r})
         from repspace import records
+        from repspace.records import files
         from test_records import made_up
         die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        sync, records._sync = records._sync, lambda path: die() if path.name == {step!r} else sync(path)
+        sync, files._sync = files._sync, lambda path: die() if {step!r} in path.name else sync(path)
         if {step!r} == "rename": pathlib.Path.rename = die
         records.write(records.run_folder("s", {CONDITION!r}, 7, "runs"), *made_up(7))
     """)

@@ -192,7 +192,7 @@ def test_pages_fit_a_phone(site, pages, tmp_path):
 # ---- the parts of the machinery ----
 
 def test_chapters_depend_on_the_records_of_every_study(tmp_path, monkeypatch):
-    for name in ("constraints.txt", "repspace/a.py", "results/digits/runs.jsonl"):
+    for name in ("locks/book.txt", "repspace/a.py", "results/digits/runs.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     monkeypatch.setattr(build, "ROOT", tmp_path)

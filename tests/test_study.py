@@ -2,6 +2,7 @@
 import copy
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,10 @@ import pytest
 import yaml
 
 from repspace import measure, records, study
-from repspace.study import jobs
+from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, provenance, run_condition, surrogate_paths, weights_path
+from repspace.study.condition import Condition, run_condition, surrogate_paths, weights_path
+from repspace.study.origin import provenance
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -137,9 +139,9 @@ def test_rounds_go_through_every_condition_plain_first(place):
     definition = study.read(define(place, round=1))
     for number in range(2):
         todo = list(study._jobs(definition, number, place / "runs", None, True))
-        assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [number]), (MIXUP, [number])]
+        assert [(job.slug, job.seeds) for job in todo] == [(PLAIN, [number]), (MIXUP, [number])]
     todo = list(study._jobs(definition, 1, place / "runs", place / "book", True))
-    assert [job["seeds"] for job in todo] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
+    assert [job.seeds for job in todo] == [[0, 1]] * 2, "a notebook shows the earlier rounds too"
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -174,7 +176,7 @@ def test_other_faults_are_refused(place):
         study.run(define(place), on="moon")
 
 
-EXPERIMENTS = Path(study.__file__).parents[1] / "nbs" / "experiments"
+EXPERIMENTS = Path(study.__file__).parents[2] / "nbs" / "experiments"
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -257,9 +259,9 @@ def test_published_runs_count_unless_asked_for_afresh(place):
     (place / "runs" / "tiny").rename(place / "away")
     assert make([0, 1]) == ["done", "done"]
     todo = list(study._jobs(tiny, 0, place / "runs", None, True))
-    assert [(job["slug"], job["seeds"]) for job in todo] == [(MIXUP, [0, 1])]
+    assert [(job.slug, job.seeds) for job in todo] == [(MIXUP, [0, 1])]
     todo = list(study._jobs(tiny, 0, place / "runs", None, False))
-    assert [(job["slug"], job["seeds"]) for job in todo] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
+    assert [(job.slug, job.seeds) for job in todo] == [(PLAIN, [0, 1]), (MIXUP, [0, 1])]
     assert make([0, 1], epochs=3) == ["made", "made"], "published runs of another recipe do not count"
 
 
@@ -279,8 +281,8 @@ def test_notebooks_are_executed_once(place):
     path = place / "book" / "digits.tiny-cnn.label-smoothing-0.1.ipynb"
     notebook = json.loads(path.read_text())
     text = json.dumps(notebook)
-    assert "# digits, tiny-cnn: label smoothing 0.1" in text and text.count("<figure") == 4
-    assert str(Path(study.__file__).parents[1] / "nbs") not in json.dumps(notebook["metadata"])
+    assert "# digits · tiny-cnn · label smoothing 0.1" in json.dumps(notebook, ensure_ascii=False) and text.count("<figure") == 4
+    assert str(Path(study.__file__).parents[2] / "nbs") not in json.dumps(notebook["metadata"])
     made = path.stat().st_mtime_ns
     study.run("tiny.yaml", notebooks="book", published=False)
     assert path.stat().st_mtime_ns == made
@@ -292,7 +294,7 @@ def test_notebooks_are_executed_once(place):
 
 
 def test_the_condition_notebook_runs_by_itself_and_again_in_the_same_kernel(place):
-    notebook = nbformat.read(study._template(), 4)
+    notebook = nbformat.read(notebooks.template(), 4)
     again = copy.deepcopy(notebook.cells)
     for cell in again:
         cell.id, cell.metadata = f"again-{cell.id}", {}
@@ -305,11 +307,11 @@ def test_the_condition_notebook_runs_by_itself_and_again_in_the_same_kernel(plac
 
 
 def test_an_unknown_parameter_is_refused_by_caller_and_notebook(place):
-    template = study._template()
+    template = notebooks.template()
     with pytest.raises(ValueError, match="no parameters.*sedes"):
         study.execute_notebook(template, place / "x.ipynb", {"sedes": [0]})
     with pytest.raises(papermill.PapermillExecutionError, match="unknown parameters.*sedes.*allowed are study"):
-        jobs._execute(template, {"sedes": [0]}, place, place / "x.failed.ipynb")
+        notebooks._execute(nbformat.read(template, 4), {"sedes": [0]}, place / "x.failed.ipynb", cwd=str(place))
     assert not (place / "x.ipynb").exists() and (place / "x.failed.ipynb").exists()
 
 
@@ -336,3 +338,226 @@ def test_thorough_measures_attack_from_another_seed_trained_on_the_same_images(p
         breaks = samples[f"breaks_{name}"]
         assert breaks.notna().sum() == 40
         assert run[f"robust_accuracy_{name}"] == pytest.approx((breaks.dropna() == float("inf")).mean())
+
+
+# What is said before anything starts
+
+TORCHLESS = """
+import sys
+class NoTorch:  # not `sys.modules["torch"] = None`: SciPy looks there to find out what its arguments are
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision"):
+            raise ImportError(f"{name} where only a definition is read")
+sys.meta_path.insert(0, NoTorch())
+from repspace import records, study
+for path in sys.argv[1:]:
+    known = study.read(path)
+    for condition in known.conditions:
+        print(condition.title, condition.slug, records.identity(study.run_settings(condition, 0)))
+"""
+
+
+def test_every_study_can_be_read_and_checked_without_torch():
+    paths = sorted(EXPERIMENTS.glob("*.yaml"))
+    done = subprocess.run([sys.executable, "-c", TORCHLESS, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == sum(len(study.read(path).conditions) for path in paths)
+
+
+def test_identities_of_published_runs_are_what_they_were():
+    """They are those of the definitions of today, whose settings have no word on what was added."""
+    for name in ("digits", "digits-2d", "cifar10-cpu"):
+        known, results = study.read(EXPERIMENTS / f"{name}.yaml"), EXPERIMENTS.parents[1] / "results"
+        settings = {(c.slug, seed): study.run_settings(c, seed) for c in known.conditions for seed in known.seeds}
+        assert not any({"sources", "measure_sources"} & set(each) for each in settings.values())
+        assert {key: records.identity(each) for key, each in settings.items()} == \
+            records.published_identities(name, results)
+
+
+BOMB = "\n".join(["a0: &a0 [1]", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(30))])
+MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{i + 1}: &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}" for i in range(30))])
+
+
+def text(**changes):
+    return yaml.safe_dump(definition(**changes), sort_keys=False)
+
+
+@pytest.mark.parametrize("content, message", [
+    (text() + "seeds: 3\n", "'seeds' stands in line 2 and again in line"),
+    (text().replace("  regularizers:", "  regularizers: [none]\n  regularizers:"), "'regularizers' stands in line .* again in"),
+    (text().replace("epochs: 2", "epochs: 2\n    epochs: 3"), "'epochs' stands in"),
+    (text().replace("study: tiny", "study: 1.10"), 'line 1: YAML reads 1.10 in study as a number; write "1.10", in quotes'),
+    (text().replace("study: tiny", "study: no"), 'reads no in study as yes or no; write "no"'),
+    (text().replace("study: tiny", "study: 2024-01-31"), 'as a date; write "2024-01-31"'),
+    (text().replace("study: tiny", "study:"), "reads no value in study as nothing; write a name"),
+    (text().replace("- none", "- null"), "write none for no regularizer"),
+    (text().replace("- none", "- off"), "write none for no regularizer"),
+    (text().replace("- mixup:1.0", "- mixup: 1.0"), 'reads mixup: 1.0 in regularizers as a mapping; write "mixup:1.0"'),
+    (text().replace("- tiny-cnn", "- 12:30"), 'reads 12:30 in models as a number; write "12:30"'),
+    (text().replace("data: digits", "data: 10"), 'reads 10 in data as a number; write "10"'),
+    (text().replace("seeds: 2", "seeds: 010"), "YAML reads 010 as another number"),
+    (text().replace("seeds: 2", "seeds: 1_0"), "YAML reads 1_0 as another number"),
+    (text().replace("seeds: 2", f"seeds: {'9' * 5000}"), "seeds|digits"),
+    (text(seeds=10 ** 9), "seeds is 1000000000; allowed are .* up to 10000"), (text(seeds=[2 ** 32]), "none above 4294967295"),
+    (text(study="x" * 300), "a name of 300 letters"), (text(grid=[]), "grid must be a list of one entry or more"),
+    (text(grid=[entry("none") | {"models": ["tiny-cnn"] * 400, "regularizers": ["none"] * 400}]), "320000 runs"),
+    (text(grid=[entry("none") | {"recipe": {1: 2}}]), r"recipe has unknown keys \[1\]"),
+    (text(grid=[entry("none") | {"recipe": [1]}]), "recipe is .*mapping"),
+    (text(grid=[entry("none") | {"data": "folder:" + "x" * 300}]), "letters, and files have at most"),
+    (text(grid=[entry("none") | {"data": "folder:" + "x/" * 30}]), "there is no folder"),
+    (text(grid=[entry("none") | {"feature_dim": 10 ** 9}]), "feature_dim is 1000000000; allowed"),
+    (BOMB, "aliases"), (MERGED, "aliases"), ("a: &a {b: *a}", "aliases"), ("? [a]\n: 1", "unhashable"),
+    ("[" * 5000, "nested too deeply"), ("- " * 5000, "nested too deeply"), ("{a: " * 5000, "nested too deeply|is not YAML"),
+    ("x" * 300_000, "300000 bytes; allowed"), ("- a\n" * 15_000, "must be a mapping"), ("!!python/object/apply:os.system [ls]", "is not YAML"), ("", "must be a mapping"),
+    ("a: \x00", "is not YAML"), ("---\na: 1\n---\nb: 1", "is not YAML"), ("!!binary |\n  aGFsbG8=", "must be a mapping"),
+])
+def test_every_fault_of_a_definition_is_one_valueerror_at_once(place, content, message):
+    (place / "tiny.yaml").write_text(content)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=message) as error:
+        study.read("tiny.yaml")
+    assert str(error.value).startswith("tiny.yaml") and len(str(error.value)) < 1500
+    assert time.monotonic() - start < 3
+
+
+def test_a_file_or_name_that_cannot_be_read_is_a_valueerror(place):
+    (place / "tiny.yaml").write_bytes(b"study: \xff")
+    for wrong in ("tiny.yaml", "x" * 300, "x" * 300 + ".yaml", "a\0b", ".", ""):
+        with pytest.raises(ValueError):
+            study.read(wrong)
+
+
+def test_numbers_and_repetition_as_people_write_them(place):
+    (place / "tiny.yaml").write_text("study: '1.10'\nseeds: 2\ngrid:\n  - &first {data: digits, models: [tiny-cnn], "
+                                     "regularizers: [none], recipe: &r {epochs: 2, batch_size: 50, lr: 5e-2}}\n"
+                                     "  - {<<: *first, regularizers: ['mixup:1']}\n")
+    known = study.read("tiny.yaml")
+    assert known.name == "1.10" and [c.recipe["lr"] for c in known.conditions] == [0.05, 0.05]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(models=["tiny-cnn-bn"], recipe=RECIPE | {"batch_size": 1}), "batch normalization cannot train on one image"),
+    (dict(models=["resnet8"], recipe=RECIPE | {"train_images": 1}), "fewer than the 10 classes"),
+    (dict(regularizers=["cutmix:1.0"], recipe=RECIPE | {"batch_size": 1}), "cutmix:1.0 mixes the images of a batch"),
+    (dict(recipe=RECIPE | {"train_images": 201}), "train_images is 201; allowed are up to 200"),
+    (dict(data="cifar10", models=["resnet8"], recipe=RECIPE | {"train_images": 50_001}), "allowed are up to 50000"),
+    (dict(data="cifar100", models=["resnet8"], recipe=RECIPE | {"train_images": 99}), "fewer than the 100 classes"),
+    (dict(models=["vit"]), r"vit.none cannot be trained on images of shape \(1, 8, 8\)"),
+])
+def test_what_cannot_train_is_said_before_anything_starts(place, changes, message, capsys):
+    define(place, grid=[entry("none"), entry("none") | changes])
+    if "data" not in changes and "models" not in changes:
+        define(place, grid=[entry("none") | changes])
+    assert main(["tiny.yaml", "--afresh"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list((place / "runs").iterdir())
+
+
+# What is added from outside
+
+MINE = """
+import torch
+from repspace import data, models, regularize
+from repspace.vocabulary import Strength
+
+
+def small_net(num_classes, in_channels, small_images):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, 32), torch.nn.ReLU(),
+                               torch.nn.Linear(32, num_classes))
+
+
+class Shrink(regularize.Regularizer):
+    def penalty(self, features):
+        return self.strength * features.abs().mean()
+
+
+def shrink(strength):
+    return Shrink(strength)
+
+
+def bright(root=None, download=True, seed=0):
+    return data.load("digits", seed=seed)
+
+
+models.register("small-net", small_net, words="small net")
+regularize.register("shrink", shrink, strength=Strength(0))
+data.register("bright", bright, reference=16, grid=(8, 16, 32), published=200, split_by_seed=True)
+"""
+
+
+def define_mine(place, body=MINE):
+    (place / "my_nets.py").write_text(body)
+    return define(place, seeds=1, grid=[entry("none") | {"models": ["small-net"]},
+                                        entry("shrink:0.1") | {"data": "bright"}])
+
+
+def test_a_module_that_the_command_names_is_everywhere(place):
+    define_mine(place)
+    refused = subprocess.run([sys.executable, "-m", "repspace.study", "tiny.yaml"], cwd=place, capture_output=True, text=True)
+    assert refused.returncode == 2 and "'small-net' is unknown" in refused.stderr
+    said, code = finish(start(place, "--with", "my_nets", "--notebooks", "book"))
+    assert code == 0 and "2 were made, 0 failed" in said, said
+    run = records.read_run(place / "runs/tiny/bright.tiny-cnn.shrink-0.1/0")
+    assert run["sources"] == ["my_nets:bright", "my_nets:shrink"]
+    run = records.read_run(place / "runs/tiny/digits.small-net.none/0")
+    assert run["sources"] == ["my_nets:small_net"] and list(run["provenance"]["with"]) == ["my_nets"]
+    assert "import_modules(['my_nets'])" in (place / "book/digits.small-net.none.ipynb").read_text()
+    said, code = finish(start(place, "--with", "my_nets", "--notebooks", "book"))
+    assert code == 0 and "2 runs were there, 0 were made" in said
+    said, code = finish(subprocess.Popen([sys.executable, "-m", "repspace.study", "publish", "tiny.yaml", "--with=my_nets"],
+                                         cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    assert code == 0 and len(records.load("tiny", "published", results=place / "results").runs) == 2
+
+
+@pytest.mark.parametrize("module, message", [
+    ("no_such_module", "there is no module 'no_such_module'"), ("my_nets.py", "without folders and .py"),
+    ("../my_nets", "without folders and .py"), ("broken", "module 'broken' cannot be imported: ZeroDivisionError"),
+    ("leaves", "module 'leaves' cannot be imported: SystemExit"),
+])
+def test_a_module_that_cannot_be_imported_is_said(place, module, message):
+    define(place, grid=[entry("none")])
+    (place / "broken.py").write_text("1 / 0")
+    (place / "leaves.py").write_text("raise SystemExit(0)")
+    said, code = finish(start(place, "--with", module))
+    assert code == 2 and message in said and "Traceback" not in said and not list((place / "runs").iterdir())
+
+
+def test_yaml_alone_imports_nothing(place):
+    (place / "my_nets.py").write_text("open('imported', 'w')")
+    for word in ("my_nets", "my_nets:small_net", "my_nets.small_net"):
+        define(place, grid=[entry("none") | {"models": [word]}])
+        assert finish(start(place))[1] == 2 and not (place / "imported").exists()
+
+
+# The command line
+
+ECHO = """#!/bin/sh
+printf '%s\\n' "$@" >> "$LOG"
+"""
+
+
+def make_says(place, *words):
+    """The arguments that make gives the last program it starts, which is not started."""
+    root = Path(study.__file__).parents[2]
+    for name in ("Makefile", "pyproject.toml", *(f"locks/{each}.txt" for each in ("build", "book", "test"))):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes((root / name).read_bytes())
+    (place / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    (place / ".venv/bin/python").write_text(ECHO)
+    (place / ".venv/bin/python").chmod(0o700)
+    log = place / "log"
+    subprocess.run(["make", "setup", f"PYTHON={place}/.venv/bin/python"], cwd=place, env={"PATH": "/usr/bin:/bin", "LOG": log},
+                   check=True, capture_output=True)
+    log.unlink()
+    subprocess.run(["make", *words], cwd=place, env={"PATH": "/usr/bin:/bin", "LOG": log}, check=True, capture_output=True)
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("evil", ["`touch x`", "$(shell touch x)", "$$(touch x)", "\"; touch x; \"", "'; touch x; '", "a b", "*"])
+def test_what_make_is_told_is_data(place, evil):
+    assert make_says(place, "study", f"STUDY={evil}", f"ON={evil}", f"GPUS={evil}", "AFRESH=1") == [
+        "-m", "repspace.study", f"--notebooks=_build/lab/{evil}", f"--on={evil}", f"--gpus={evil}", "--afresh", "--", evil]
+    assert make_says(place, "publish", f"STUDY={evil}")[:5] == ["-m", "repspace.study", "publish", "--", evil]
+    assert make_says(place, "bench", f"BENCH={evil}") == ["-m", "benchmarks", *evil.split()]
+    assert make_says(place, "study", f"WITH={evil}")[4:] == [*(f"--with={word}" for word in evil.split()), "--", "digits"]
+    assert not (place / "x").exists()

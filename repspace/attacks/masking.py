@@ -15,8 +15,9 @@ from torch import nn
 
 from . import breaking_point, pgd, transfer
 from .auto import square
+from .steps import as_generator, check_count, check_eps, check_images, check_loss, climb
+from .target import answer, check_logits, check_model, frozen, logits_of, unsteady
 from ..data import chunk_size
-from .steps import (check_eps, check_images, check_logits, climb, frozen, logits_of)
 
 # %% ../../nbs/instruments/attacks/masking.ipynb #211b1fdf
 def cross_entropy(logits, y):
@@ -25,7 +26,7 @@ def cross_entropy(logits, y):
 
 # %% ../../nbs/instruments/attacks/masking.ipynb #bad29160
 def zero_gradients(model, x, y, loss=cross_entropy, batch_size=None):
-    """Share of the images `x` (N, …) with a gradient of `loss` at `y` that is 0 in every pixel."""
+    """Share of the images `x` (N, …) whose gradient of `loss` at `y` is 0 in every pixel, or not finite."""
     (x, y), batch_size = check_images(x, y), batch_size or chunk_size(x)
     with frozen(model):
         zero = [(climb(model, a, b, loss).gradient.flatten(1) == 0).all(1)
@@ -45,7 +46,7 @@ def excess(first, second, points=0.02):
 # %% ../../nbs/instruments/attacks/masking.ipynb #6b0912c8
 def _right_ones(model, x, y, images, batch_size, seed):
     """At most `images` of `x`, drawn by `seed`, without those that `model` has wrong; labels, logits."""
-    drawn = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:images]
+    drawn = torch.randperm(len(y), generator=as_generator(seed), device="cpu")[:images]
     x, y = x[drawn.to(x.device)], y[drawn.to(x.device)]
     with frozen(model):
         logits = logits_of(model, x, batch_size)
@@ -56,31 +57,28 @@ def _right_ones(model, x, y, images, batch_size, seed):
     return x[right], y[right], logits[right]
 
 # %% ../../nbs/instruments/attacks/masking.ipynb #70152404
-class _Divided(nn.Module):
+def _divided(model, divisor):
     """`model` with its logits divided by `divisor`."""
-    def __init__(self, model, divisor):
-        super().__init__()
-        self.model, self.divisor = model, divisor
-
-    def forward(self, x): return self.model(x) / self.divisor
+    def divided(x): return answer(model, x) / divisor
+    return divided
 
 def _attacked(model, x, y, eps, surrogates, loss, divisor, steps, n_queries, batch_size, seed):
     """Which images (N,) break: by PGD under "pgd", by its challengers under their check's names."""
     right = torch.zeros_like(y, dtype=torch.bool)
 
     def seeded(attack=pgd, **options):
-        return partial(attack, generator=torch.Generator().manual_seed(seed), **options)
+        return partial(attack, generator=as_generator(seed), **options)
 
     def broken(attack, target=model):
         return breaking_point(target, x, y, [eps], attack, batch_size, {0: right}).isfinite()
 
-    found = {"pgd": broken(seeded(steps=steps[0], loss=loss)),
-             "square": broken(seeded(square, n_queries=n_queries)),
-             "weak loss": broken(seeded(steps=steps[0], loss="margin")),
-             "more steps": broken(seeded(steps=steps[1], loss=loss)),
-             "logit scale": broken(seeded(steps=steps[0], loss=loss), _Divided(model, divisor))}
+    breaks = {"pgd": broken(seeded(steps=steps[0], loss=loss)),
+              "square": broken(seeded(square, n_queries=n_queries)),
+              "weak loss": broken(seeded(steps=steps[0], loss="margin")),
+              "more steps": broken(seeded(steps=steps[1], loss=loss)),
+              "logit scale": broken(seeded(steps=steps[0], loss=loss), _divided(model, divisor))}
     foreign = [broken(transfer(net, seeded())) for net in surrogates]
-    return found | ({"transfer": max(foreign, key=torch.sum)} if foreign else {})
+    return breaks | ({"transfer": max(foreign, key=torch.sum)} if foreign else {})
 
 # %% ../../nbs/instruments/attacks/masking.ipynb #d6345341
 REASONS = {"square": "needs no gradient, and breaks more",
@@ -88,11 +86,12 @@ REASONS = {"square": "needs no gradient, and breaks more",
            "weak loss": "the margin shows a way that the loss hides",
            "more steps": "the attack had not arrived",
            "zero gradients": "there is no direction to climb in",
-           "logit scale": "the scale of the logits hides the gradient"}
+           "logit scale": "the scale of the logits hides the gradient",
+           "same answer": "the model is not one function of the image"}
 
-def _row(check, value=math.nan, threshold=math.nan, pgd=math.nan, other=math.nan):
+def _row(check, value=math.nan, threshold=math.nan, pgd=math.nan, other=math.nan, why=None):
     raised = value > threshold
-    reason = ("not checked" if math.isnan(value) else REASONS[check] if raised
+    reason = ("not checked" if math.isnan(value) else why or REASONS[check] if raised
               else "more, but within chance" if value > 0.02 else "no sign")
     return dict(check=check, pgd=pgd, other=other, value=value, threshold=threshold, raised=raised,
                 reason=reason)
@@ -100,33 +99,44 @@ def _row(check, value=math.nan, threshold=math.nan, pgd=math.nan, other=math.nan
 # %% ../../nbs/instruments/attacks/masking.ipynb #c68bec5a
 def diagnose(model, x, y, eps, surrogates=(), loss=cross_entropy, images=500, steps=(20, 100),
              n_queries=1000, batch_size=None, seed=0):
-    """Six signs of masking at the L∞ limit `eps`: a table with a row for each, indexed by `check`.
+    """Seven signs of masking at the L∞ limit `eps`: a table with a row for each, indexed by `check`.
 
     Columns: `pgd`, the share of the correctly classified images that PGD with `loss` breaks in
     `steps[0]` steps; `other`, the share that the check holds against it; `value`, the difference
-    (for "zero gradients" the share of such images); `threshold`; `raised`, bool; `reason`.
+    (for "zero gradients" and "same answer" the share of images with a gradient of 0 or not finite,
+    and of those that get two answers); `threshold`; `raised`, bool; `reason`.
 
     At most `images` of `x` (floats (N, C, H, W) in [0, 1], labels `y` (N,)), drawn by `seed`, are
-    used; None: all. `surrogates`: a net or several that were not trained on `x`; the one that
-    breaks most counts. `loss` as for `pgd`. An image costs three attacks of `steps[0]` steps, one
+    used; None: all. `model`: any function of images that gives logits, and so is a surrogate.
+    `surrogates`: one or several that were not trained on `x`; the one that breaks most counts. `loss` as for `pgd`. An image costs three attacks of `steps[0]` steps, one
     of `steps[1]`, one of `n_queries` queries and one of 20 steps per surrogate, less where it
     breaks early. The model is left as it was. `ValueError` if it has no image right, or no
     gradient leads through it.
     Athalye, Carlini, Wagner: Obfuscated gradients give a false sense of security, 2018."""
-    eps, (x, y) = check_eps(eps), check_images(x, y)
+    eps, (x, y), loss = check_eps(eps), check_images(x, y), check_loss(loss)
     if not eps: raise ValueError("eps must be above 0: at 0 there is nothing to mask")
-    batch_size = batch_size or chunk_size(x)
-    surrogates = [surrogates] if isinstance(surrogates, nn.Module) else surrogates
-    x, y, logits = _right_ones(model, x, y, images, batch_size, seed)
-    found = _attacked(model, x, y, eps, surrogates, loss, logits.std().clamp(min=1e-30).item(),
-                      steps, n_queries, batch_size, seed)
-    base, rows = found["pgd"], []
+    batch_size = chunk_size(x) if batch_size is None else check_count(batch_size, "batch_size")
+    images = None if images is None else check_count(images, "images")
+    surrogates = [check_model(net) for net in _listed(surrogates)]
+    with frozen(model):
+        x, y, logits = _right_ones(model, x, y, images, batch_size, seed)
+        breaks = _attacked(model, x, y, eps, surrogates, loss, logits.std().clamp(min=1e-30).item(),
+                           steps, n_queries, batch_size, seed)
+        zero, steady = zero_gradients(model, x, y, loss, batch_size), unsteady(model, x, batch_size)
+    return _table(breaks, zero, steady)
+
+def _listed(surrogates):
+    """`surrogates` as a list: one alone is a function, as a `Sequential` is."""
+    alone = callable(surrogates) and not isinstance(surrogates, nn.ModuleList)
+    return [surrogates] if alone else list(surrogates)
+
+def _table(breaks, zero, steady):
+    """The table of `diagnose`."""
+    words, rows = next(iter(steady.seen()), (None, steady.again))
+    base, other = breaks["pgd"], {"zero gradients": _row("zero gradients", zero, 0.01),
+                                  "same answer": _row("same answer", rows.double().mean().item(), 0.0, why=words)}
     for check in REASONS:
-        if check in found:
-            shares = (broken.double().mean().item() for broken in (base, found[check]))
-            rows.append(_row(check, *excess(base, found[check]), *shares))
-        elif check == "zero gradients":
-            rows.append(_row(check, zero_gradients(model, x, y, loss, batch_size), 0.01))
-        else:
-            rows.append(_row(check))
-    return pd.DataFrame(rows).set_index("check")
+        if check in breaks:
+            shares = (broken.double().mean().item() for broken in (base, breaks[check]))
+            other[check] = _row(check, *excess(base, breaks[check]), *shares)
+    return pd.DataFrame([other.get(check, _row(check)) for check in REASONS]).set_index("check")

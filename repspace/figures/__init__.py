@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
-           'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'legend', 'panels',
+           'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'legend', 'panels',
            'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme', 'verdict_key', 'wrapped',
            'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
 
@@ -204,6 +204,22 @@ def distributions(recorded, column, label=None, caption=None):
     legend(fig, handles)
     finding = f"Median over test images of all seeds: {label or column}. {by_model(shown)}"
     return Figure(fig, caption or finding, f"Densities. {finding}")
+
+# %% ../../nbs/instruments/figures/index.ipynb #a20fc1e4
+@theme()
+def perturbed(before, after, limit, titles=("clean", "attacked"), caption=None):
+    """An image (H, W, C) in [0, 1] before and after an attack, and the change between, grey is none.
+
+    `limit`: the largest change, in /255, which is black or white; `titles`: those of the two.
+    """
+    change = np.clip(0.5 + (np.asarray(after) - before) * 255 / limit / 2, 0, 1)
+    pictures = {titles[0]: before, f"± {limit:g}/255": change, titles[1]: after}
+    fig, axes = subplots(1, 3, (full, row_height))
+    for ax, (title, picture) in zip(axes.flat, pictures.items()):
+        ax.imshow(np.clip(picture, 0, 1), cmap="gray", vmin=0, vmax=1)
+        ax.set(title=title, xticks=[], yticks=[])
+    finding = f"{titles[0]} before, {titles[1]} after a change of at most {limit:g}/255 per pixel."
+    return Figure(fig, caption or finding, f"An image, what was added to it, their sum. {finding}")
 
 # %% ../../nbs/instruments/figures/index.ipynb #fd995bf3
 class Registered(NamedTuple):

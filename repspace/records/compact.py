@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'MOVED_ROWS', 'MOVED_VALUES', 'SMALL_HEAD', 'trimmed', 'slim', 'packed', 'published_logits',
-           'published_head', 'write', 'read', 'unpacked']
+           'published_head', 'unpacked']
 
 # %% ../../nbs/instruments/records/compact.ipynb #44b4257d
 import numpy as np
@@ -128,17 +128,6 @@ def published_head(head):
     return out
 
 # %% ../../nbs/instruments/records/compact.ipynb #f0cb455c
-def write(path, arrays):
-    """Write `arrays` (a dict) into the compressed file `path`: the same bytes for the same arrays."""
-    with open(path, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-
-def read(path, start):
-    """The arrays of `path` whose names begin with `start`, by the rest of their names."""
-    with np.load(path) as file:
-        names = [name for name in file.files if name.startswith(start)]
-        return {name.removeprefix(start): file[name] for name in names}
-
 def unpacked(stored):
     """Arrays as a fresh record has them, from `stored`: {name or name:part: array}."""
     parts = {}

@@ -8,7 +8,7 @@ __all__ = ['main']
 # %% ../../nbs/instruments/study/main.ipynb #39823558
 import argparse, logging, sys
 
-from . import publish, run
+from . import import_modules, publish, run
 
 # %% ../../nbs/instruments/study/main.ipynb #b96787e6
 def _arguments(words):
@@ -19,6 +19,8 @@ def _arguments(words):
                     "Make the missing runs of a study. `publish STUDY` publishes what is there.")
     parser.add_argument("study", help="a name in nbs/experiments, or the path of a YAML file")
     parser.add_argument("--runs", metavar="DIR", help="folder of fresh records (default: runs/)")
+    parser.add_argument("--with", metavar="MODULE", dest="modules", action="append", default=[],
+                        help="import this module first, which registers what the study names")
     if publishing:
         parser.add_argument("--results", metavar="DIR", help="default: results/")
         return parser.parse_args(words[1:])
@@ -40,6 +42,7 @@ def main(words=None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _arguments(words)
     try:
+        import_modules(arguments.modules)
         if "results" in arguments:
             print(publish(arguments.study, arguments.runs, arguments.results))
             return 0

@@ -6,7 +6,7 @@
 __all__ = ['log', 'RETRIES', 'check_on', 'connected', 'resources', 'Returned', 'make']
 
 # %% ../../nbs/instruments/study/cluster.ipynb #8ef2e420
-import contextlib, getpass, json, logging, shutil, socket, tempfile, threading, time
+import contextlib, getpass, json, logging, os, shutil, socket, tempfile, threading, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,11 @@ from filelock import FileLock, Timeout
 from safetensors.numpy import load_file
 
 from .. import records
-from . import jobs
-from .condition import (Condition, missing_seeds, note_failed, provenance,
-                                surrogate_paths, weights_path, why)
+from . import additions, jobs
+from .condition import (Condition, missing_seeds, note_failed,
+                                      surrogate_paths, weights_path, why)
+from .jobs import Job, new_job
+from .origin import provenance
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +38,41 @@ def check_on(on):
     raise ValueError(f"on is {on!r}; allowed is 'local', 'auto' (the Ray cluster that runs here, "
                      "if there is one), or a Ray cluster's address, ray://HOST:PORT or HOST:PORT")
 
+# %% ../../nbs/instruments/study/cluster.ipynb #c68aa977
+def _check_listening(address, seconds=10):
+    """`OSError` unless a Ray cluster's server answers at `address` within so many seconds."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host = host.strip("[]")
+    socket.create_connection((host, int(port)), timeout=seconds / 2).close()
+    try: import grpc
+    except ImportError: return
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try: grpc.channel_ready_future(channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError as error:
+            raise OSError(f"what listens there gave no answer within {seconds} s") from error
+
 # %% ../../nbs/instruments/study/cluster.ipynb #672b5e51
+def _connect(ray, on):
+    """Connect to the cluster `on`; whether there is one (False only for auto); or `ValueError`."""
+    address = os.environ.get("RAY_ADDRESS") if on == "auto" else on
+    try:
+        if address not in (None, "", "auto", "local"): _check_listening(address)
+        ray.init(on, log_to_driver=False, logging_level="warning")
+        return True
+    except Exception as error:
+        if on == "auto" and not address and isinstance(error, ConnectionError):
+            log.info("no Ray cluster runs here, so this machine does it alone")
+            return False
+        raise ValueError(f"no Ray cluster can be used at {address or on!r} ({error}): `ray status` "
+                         "there says whether it runs, `ray start --head` starts one") from error
+
 @contextlib.contextmanager
 def connected(on):
     """Ray, connected to the cluster `on`, as a context; None where it is this machine alone."""
     ray, ours = None if check_on(on) == "local" else _ray(), False
     if ray and not (on == "auto" and ray.is_initialized()):
-        try:
-            ray.init(on, log_to_driver=False, logging_level="warning")
-            ours = True
-        except Exception as error:
-            if on != "auto" or not isinstance(error, ConnectionError):
-                raise ValueError(f"no Ray cluster can be used at {on!r} ({error}): `ray status` "
-                                 "there says whether it runs, `ray start --head` starts one"
-                                 ) from error
-            log.info("no Ray cluster runs here, so this machine does it alone")
-            ray = None
+        ours = _connect(ray, on)
+        if not ours: ray = None
     try: yield ray
     finally:
         if ours: ray.shutdown()
@@ -84,39 +105,57 @@ class Returned(NamedTuple):
     record: dict
     weights: dict
 
-def _weights(condition, seed, runs):
-    """The weights there are that a run needs, its surrogates' too: {name of the file: bytes}."""
+class _Files(NamedTuple):
+    """What goes along with a job: weights there are, the names of all it needs, added source."""
+    weights: dict
+    names: list
+    modules: dict
+
+def _files(condition, seed, runs, modules):
+    """The `_Files` of a run, its surrogates' weights among them."""
     paths = [weights_path(condition, seed, runs)]
     if condition.measures != "standard":
         paths += [path for _, _, path in surrogate_paths(condition, seed, runs).values()]
-    return {path.name: path.read_bytes() for path in paths if path.exists()}
+    weights = {path.name: path.read_bytes() for path in paths if path.exists()}
+    source = {path: text for name in modules for path, text in additions.source_files(name).items()}
+    return _Files(weights, [path.name for path in paths], source)
 
 def _put(folder, contents):
     for name, content in contents.items():
-        records.write_file(folder / Path(name).name, lambda to: to.write_bytes(content))
+        records.write_file(folder / name, lambda to: to.write_bytes(content))
 
 def _record(job):
     """The record that the run of `job` left, or the mark of its failure: {name: bytes}."""
-    folder = records.run_folder(job["study"], job["slug"], job["seeds"][0], job["runs"])
+    folder = records.run_folder(job.study, job.slug, job.seeds[0], job.runs)
     paths = {name: folder / name for name in records.FILES} | {
         "failed": folder.with_name(f"{folder.name}.failed.json")}
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
-def _task(job, weights, code, owner):
-    """Make the run of `job` on this node → Returned; `weights`: those there are, name → bytes."""
-    node, mine = socket.gethostname(), provenance()["code"]
+# %% ../../nbs/instruments/study/cluster.ipynb #51246810
+def _work(job, files, place):
+    """Make the run of `job` in the folder `place` → the worker's exit code, its last line."""
+    shutil.rmtree(place / "with", ignore_errors=True)
+    _put(place / "with", files.modules)
+    _put(place / "weights", files.weights)
+    environment = {"CUDA_VISIBLE_DEVICES": ""} if job.gpus == 0 else {}
+    if files.modules:
+        paths = [str(place / "with"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(paths)}
+    return jobs.call(job, threading.Event(), environment)
+
+def _task(job, files, code, owner):
+    """Make the run of `job`, a line of JSON, on this node → Returned."""
+    node, mine, job = socket.gethostname(), provenance()["code"], Job.from_json(job)
     if mine != code:
         return Returned(node, 1, f"the code of repspace there is {mine}, but {code} here: install "
                                  "the same version", {}, {})
-    condition = Condition(**job["condition"])
-    name = records.key([owner, job["study"], job["condition"], job["seeds"]])
+    name = records.key([owner, job.study, job.condition, job.seeds])
     place = Path(tempfile.gettempdir()) / f"repspace-{getpass.getuser()}" / name
-    job = job | {"runs": str(place), "published": False, "fetch": True}
-    _put(place / "weights", weights)
-    environment = {"CUDA_VISIBLE_DEVICES": ""} if job["gpus"] == 0 else {}
-    code, said = jobs.call(job, threading.Event(), environment)
-    made = _weights(condition, job["seeds"][0], place)
-    made = {name: content for name, content in made.items() if weights.get(name) != content}
+    job = job._replace(runs=str(place), published=False, fetch=True)
+    code, said = _work(job, files, place)
+    made = {path.name: path.read_bytes() for path in map((place / "weights").joinpath, files.names)
+            if path.exists()}
+    made = {name: content for name, content in made.items() if files.weights.get(name) != content}
     returned = Returned(node, code, said, _record(job), made)
     if code >= 0: shutil.rmtree(place, ignore_errors=True)
     return returned
@@ -149,7 +188,7 @@ class _Conditions:
 
     def take(self):
         """The missing runs of conditions that have become free: [(condition, seed)], by round."""
-        found = []
+        free = []
         for condition in list(self.waiting):
             folder = records.run_folder(self.study.name, condition.slug, 0, self.runs).parent
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,10 +201,10 @@ class _Conditions:
             missing = missing_seeds(self.study.name, condition, self.study.seeds, self.runs,
                                     self.published)
             self.left[condition.slug] = len(missing)
-            found += [(condition, seed) for seed in missing]
+            free += [(condition, seed) for seed in missing]
             if not missing: lock.release()
         seeds = self.study.seeds
-        return sorted(found, key=lambda run: seeds.index(run[1]) // self.study.round)
+        return sorted(free, key=lambda run: seeds.index(run[1]) // self.study.round)
 
     def end(self, condition):
         """A run of `condition` has ended; with the last one its lock is given up."""
@@ -196,11 +235,10 @@ class _Tasks:
         self.owner = f"{socket.gethostname()}:{runs}"
 
     def send(self, run):
-        job = {"study": self.study.name, "condition": run.condition.parameters(),
-               "slug": run.condition.slug, "seeds": [run.seed], "notebook": None,
-               "gpus": self.wanted["GPU"]}
-        weights = _weights(run.condition, run.seed, self.runs)
-        task = self.remote.remote(job, weights, provenance()["code"], self.owner)
+        job = new_job(self.study.name, run.condition, [run.seed], self.runs)
+        job = job._replace(gpus=self.wanted["GPU"])
+        files = _files(run.condition, run.seed, self.runs, job.modules)
+        task = self.remote.remote(job.to_json(), files, provenance()["code"], self.owner)
         self.flying[task] = run
 
     def capacity(self):

@@ -6,24 +6,27 @@
 __all__ = ['main']
 
 # %% ../../nbs/instruments/study/worker.ipynb #d8cdbef0
-import json, os, sys, threading
+import os, sys, threading
 
+from .additions import import_modules
 from .condition import Condition, run_condition
-from .jobs import execute_condition, fetch_data
+from .jobs import Job, fetch_data
+from .notebooks import execute_condition
 
 # %% ../../nbs/instruments/study/worker.ipynb #6c0cf981
 def main():
-    job = json.loads(sys.stdin.readline())
+    job = Job.from_json(sys.stdin.readline())
     def follow():
         sys.stdin.read()
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
-    if job.get("fetch"): fetch_data(job["condition"]["data"])
-    if job["notebook"]:
+    import_modules(job.modules)
+    if job.fetch: fetch_data(job.condition["data"])
+    if job.notebook:
         execute_condition(job)
     else:
-        run_condition(Condition(**job["condition"]), job["seeds"], job["study"], job["runs"],
-                      job["published"], progress=False)
+        run_condition(Condition(**job.condition), job.seeds, job.study, job.runs, job.published,
+                      progress=False)
 
 # %% ../../nbs/instruments/study/worker.ipynb #1e81033e
 if __name__ == "__main__" and "__file__" in globals(): main()

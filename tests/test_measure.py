@@ -1,0 +1,344 @@
+"""Measures against NumPy and SciPy from the vectors themselves, and against what a record has kept of them."""
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.optimize
+import scipy.spatial.distance
+import scipy.special
+import scipy.stats
+import torch
+
+from repspace import measure, records, regularize, train, vocabulary
+from repspace.data import load
+from repspace.measure import Context, Values, gather, groups
+from repspace.vocabulary import Recipe
+
+FEW = measure.settings("digits")._replace(attack_images=60)
+RECIPE = Recipe(epochs=6, batch_size=50, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", seed=0)
+
+
+def net_of(digits, model="tiny-cnn-bn", regularizer="label-smoothing:0.1"):
+    net = train.new_classifier(model, digits, RECIPE, 0)
+    train.fit(net, digits, RECIPE, regularize.get(regularizer), 0)
+    return net
+
+
+@pytest.fixture(scope="module")
+def pair(digits):
+    return net_of(digits), train.new_classifier("tiny-cnn-bn", digits, RECIPE, 0)
+
+
+@pytest.fixture(scope="module")
+def measured(pair, digits):
+    return measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW)
+
+
+@pytest.fixture(scope="module")
+def arrays(pair, digits):
+    """Features and logits of the test and training images, head: as plain float64 arrays, by plain PyTorch."""
+    net = pair[0].eval()
+    with torch.no_grad():
+        z, train_z = (net.features(split.images.float()).double().numpy() for split in (digits.test, digits.train))
+        s, train_s = (net(split.images.float()).double().numpy() for split in (digits.test, digits.train))
+    return dict(z=z, s=s, train_z=train_z, train_s=train_s, y=digits.test.labels.numpy(),
+                train_y=digits.train.labels.numpy(), W=net.head.weight.detach().double().numpy(),
+                b=net.head.bias.detach().double().numpy())
+
+
+def span_of(W, z):
+    """Pz by SciPy's orthonormal basis of the weights' differences."""
+    basis = scipy.linalg.orth((W[1:] - W[0]).T)
+    return z @ basis @ basis.T
+
+
+def ece(confidence, hit, n_bins=15):
+    total = 0
+    for i in range(n_bins):
+        low, high = i / n_bins, (i + 1) / n_bins
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any(): total += abs(hit[inside].mean() - confidence[inside].mean()) * inside.sum()
+    return total / len(hit)
+
+
+def test_scalars_are_those_of_numpy_and_scipy(measured, arrays):
+    z, s, y, W, b = (arrays[name] for name in ("z", "s", "y", "W", "b"))
+    rows, p, Pz = np.arange(len(y)), scipy.special.softmax(s, 1), span_of(W, z)
+    log_p = s - scipy.special.logsumexp(s, 1, keepdims=True)
+    train_log_p = arrays["train_s"] - scipy.special.logsumexp(arrays["train_s"], 1, keepdims=True)
+    expected = {
+        "accuracy": (s.argmax(1) == y).mean(), "confidence": p.max(1).mean(),
+        "no_bias_accuracy": ((z @ W.T).argmax(1) == y).mean(),
+        "train_accuracy": (arrays["train_s"].argmax(1) == arrays["train_y"]).mean(),
+        "train_loss": -train_log_p[np.arange(len(train_log_p)), arrays["train_y"]].mean(),
+        "nll": -log_p[rows, y].mean(), "ece": ece(p.max(1), p.argmax(1) == y),
+        "brier": ((p - np.eye(10)[y]) ** 2).sum(1).mean(), "confidence_gap": p.max(1).mean() - (p.argmax(1) == y).mean(),
+        "rms": np.sqrt((z ** 2).mean(1)).mean(), "span_norm": np.sqrt((Pz ** 2).sum(1)).mean(),
+        "logit_scale": np.sqrt((Pz ** 2).sum(1)).mean() * np.median(scipy.spatial.distance.pdist(W)),
+        "radius": np.median(np.sqrt((arrays["train_z"] ** 2).sum(1))),
+        "train_span_norm": np.sqrt((span_of(W, arrays["train_z"]) ** 2).sum(1)).mean()}
+    for name, value in expected.items():
+        assert measured.scalars[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_the_degree_of_cone_is_that_of_a_bisection_on_the_ray(measured, arrays):
+    """Where the prediction at αz becomes that at z, for α between 0 and 1: the region is convex, so once."""
+    z, W, b = arrays["z"][:200], arrays["W"], arrays["b"]
+    wanted = (z @ W.T + b).argmax(1)
+    low, high = np.zeros(len(z)), np.ones(len(z))
+    at_origin = b.argmax() == wanted
+    for _ in range(50):
+        middle = (low + high) / 2
+        same = ((middle[:, None] * z) @ W.T + b).argmax(1) == wanted
+        low, high = np.where(same, low, middle), np.where(same, middle, high)
+    gaps = measured.samples["apex_gap"].to_numpy()[:200]
+    assert np.abs(np.where(at_origin, 0, high) - gaps).max() < 1e-6
+
+
+def test_alignment_is_with_the_point_of_least_loss_that_scipy_comes_to(pair, digits, measured, arrays):
+    W, b, radius = arrays["W"], arrays["b"], measured.scalars["radius"]
+    basis = scipy.linalg.orth((W[1:] - W[0]).T)
+    for k in range(3):
+        loss = lambda u: scipy.special.logsumexp(W @ (basis @ u) + b) - (W @ (basis @ u) + b)[k]
+        inside = {"type": "ineq", "fun": lambda u: radius ** 2 - u @ u}
+        center = basis @ scipy.optimize.minimize(loss, basis.T @ W[k], constraints=inside, tol=1e-14,
+                                                 options={"maxiter": 2000}).x
+        own = arrays["y"] == k
+        z = arrays["z"][own]
+        cosine = z @ center / np.linalg.norm(z, axis=1) / np.linalg.norm(center)
+        assert np.abs(cosine - measured.samples["cos_label"].to_numpy()[own]).max() < 2e-3
+
+
+def test_temperature_and_soft_norm_are_minima_that_scipy_finds_too(measured, arrays):
+    s, y, W, b = (arrays[name] for name in ("s", "y", "W", "b"))
+    nll = lambda t, rows: -scipy.special.log_softmax(s[rows] / t, 1)[np.arange(len(rows)), y[rows]].mean()
+    order = np.random.default_rng(0).permutation(len(y))
+    halves = np.sort(order[:len(y) // 2]), np.sort(order[len(y) // 2:])
+    best = [scipy.optimize.minimize_scalar(nll, (0.05, 5), args=(rows,), bounds=(0.05, 5), method="bounded",
+                                           options={"xatol": 1e-10}).x for rows in halves]
+    assert measured.scalars["temperature"] == pytest.approx(np.mean(best), rel=1e-5)
+
+    t, basis = np.full((10, 10), 0.01) + 0.9 * np.eye(10), scipy.linalg.orth((W[1:] - W[0]).T)
+    loss = lambda u, k: -t[k] @ scipy.special.log_softmax(W @ (basis @ u) + b)
+    norms = [np.linalg.norm(scipy.optimize.minimize(loss, np.zeros(9), args=(k,), method="BFGS",
+                                                    options={"gtol": 1e-8}).x) for k in range(10)]
+    assert measured.scalars["soft_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_attack_scalars_are_those_of_the_attacked_images(pair, digits, measured, arrays):
+    net, x, y = pair[0], digits.test.images[:60].float(), digits.test.labels[:60]
+    eps = FEW.reference / 255
+    inputs = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(net(inputs), y, reduction="sum").backward()
+    with torch.no_grad():
+        moved = (x + eps * inputs.grad.sign()).clamp(0, 1)
+        after, predicted = net.features(moved).double().numpy(), net(moved).argmax(1).numpy()
+    z = arrays["z"][:60]
+    delta = after - z
+    toward = -(delta * z).sum(1) / np.linalg.norm(delta, axis=1) / np.linalg.norm(z, axis=1)
+    assert (measured.samples["label_fgsm"][:60] == predicted).all()
+    assert measured.scalars["rho_fgsm"] == pytest.approx(
+        (np.linalg.norm(delta, axis=1) / np.linalg.norm(z, axis=1)).mean(), rel=1e-4)
+    assert measured.scalars["toward_fgsm"] == pytest.approx(toward.mean(), abs=1e-4)
+    r = scipy.stats.pearsonr(measured.samples["cos_label"][:60].astype(float), toward).statistic
+    assert measured.scalars["toward_r_fgsm"] == pytest.approx(r, abs=1e-4)
+    crossed = (span_of(arrays["W"], z) * span_of(arrays["W"], after)).sum(1) <= 0
+    assert measured.scalars["crossed_fgsm"] == crossed.mean()
+
+
+def test_the_limits_are_those_that_published_records_were_measured_with():
+    for study in ("digits", "cifar10-cpu"):
+        runs = records.load(study, "published").runs
+        for run in runs.itertuples():
+            wanted = measure.settings(run.data)._asdict()
+            assert {name: list(v) if isinstance(v, tuple) else v for name, v in wanted.items()} == run.settings
+
+
+def as_recorded(measured, folder, regularizer="label-smoothing:0.1"):
+    """(Recorded, Context) of what was measured, by way of a record in `folder`."""
+    run = {"study": "s", "condition": "c", "seed": 0, "identity": "i", "data": "digits", "regularizer": regularizer,
+           "model": "tiny-cnn-bn", "feature_dim": None, "settings": FEW._asdict(), "scalars": measured.scalars,
+           "curves": measured.curves}
+    records.write(folder / "s" / "c" / "0", run, measured.samples, measured.logits, measured.head)
+    loaded = records.load("s", "fresh", runs=folder)
+    arrays = records.arrays("s", "c", 0, "fresh", runs=folder)
+    return measure.from_record(loaded.runs.iloc[0], loaded.samples, arrays)
+
+
+def test_a_record_gives_its_scalars_again(measured, tmp_path):
+    again = measure.measured(*as_recorded(measured, tmp_path), measure.RECORDED)
+    from_logits = [*groups.predicted(*as_recorded(measured, tmp_path / "b")).scalars, "nll", "brier", "ece", "ece_floor",
+                   "ece_mass", "ece_classwise", "temperature", "nll_temperature", "robust_accuracy_pgd", "success_fgsm"]
+    for name in from_logits: assert again.scalars[name] == measured.scalars[name], name
+    for name, value in again.scalars.items():
+        assert value == pytest.approx(measured.scalars[name], rel=1e-4, abs=1e-5), name
+    assert len(again.scalars) > 45 and again.curves["pgd"] == measured.curves["pgd"]
+    assert set(again.columns) == set(measured.samples)
+    for name, column in again.columns.items():
+        kept = measured.samples[name].to_numpy()[:len(column)]
+        np.testing.assert_allclose(column.astype(float), kept.astype(float), rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("study", ["digits", "digits-2d", "cifar10-cpu"])
+def test_published_records_give_what_their_rows_say(study):
+    """To the precision of publication: predictions exactly, probabilities to a thousandth."""
+    recorded = records.load(study, "published")
+    for run in recorded.runs.iloc[::11].to_dict("records"):
+        mine = (recorded.samples.condition == run["condition"]) & (recorded.samples.seed == run["seed"])
+        samples = recorded.samples[mine].reset_index(drop=True)
+        arrays = records.arrays(study, run["condition"], run["seed"], "published")
+        again = measure.measured(*measure.from_record(run, samples, arrays), measure.RECORDED)
+        hits = samples.label == samples.prediction
+        assert again.scalars["accuracy"] == hits.mean()
+        assert again.scalars["robust_accuracy_pgd"] == (samples.breaks_pgd > run["settings"]["reference"]).mean()
+        assert again.scalars["confidence_gap"] == pytest.approx(samples.confidence.mean() - hits.mean(), abs=2e-3)
+        assert again.scalars["ece"] == pytest.approx(ece(samples.confidence.to_numpy(), hits.to_numpy()), abs=0.01)
+        likely = np.maximum(samples.label_probability.to_numpy(float), 1e-6) > 0.01
+        np.testing.assert_allclose(again.columns["label_probability"][likely], samples.label_probability[likely],
+                                   atol=5e-3)
+        assert abs(again.scalars["alignment_span"] - samples.cos_label_span.mean()) < 1e-4
+
+
+WITHOUT_TORCH = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision"): raise ImportError(name)
+sys.meta_path.insert(0, NoTorch())
+from repspace import measure, records
+recorded = records.load("digits", "published")
+run = recorded.runs.iloc[0]
+mine = (recorded.samples.condition == run.condition) & (recorded.samples.seed == run.seed)
+arrays = records.arrays("digits", run.condition, run.seed, "published")
+seen = measure.from_record(run, recorded.samples[mine].reset_index(drop=True), arrays)
+print(len(measure.measured(*seen, measure.RECORDED).scalars), measure.settings("digits", "thorough").steps)
+"""
+
+
+def test_a_record_is_measured_again_without_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, steps = map(int, done.stdout.split())
+    assert count > 45 and steps == 20
+
+
+def test_a_head_without_bias_is_one_with_a_bias_of_zero(digits):
+    results = []
+    for bare in (True, False):
+        net, before = (net_of(digits, "tiny-cnn") if trained else train.new_classifier("tiny-cnn", digits, RECIPE, 0)
+                       for trained in (True, False))
+        for one in (net, before):
+            one.head.bias.data.zero_()
+            if bare: one.head.bias = None
+        results.append(measure.run(net, before, digits, regularize.get("label-smoothing:0.1"), 0, FEW))
+    bare, zero = results
+    assert bare.scalars == zero.scalars and bare.samples.equals(zero.samples)
+    assert bare.scalars["no_bias_agreement"] == bare.scalars["cone_degree_test"] == 1
+    assert (bare.head["bias"] == 0).all() and (bare.head["untrained.bias"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
+def test_nets_of_any_precision_are_measured(pair, digits, measured, dtype, off):
+    import copy
+    nets = (copy.deepcopy(net).to(dtype) for net in pair)
+    other = measure.run(*nets, digits, regularize.get("label-smoothing:0.1"), 0, FEW)
+    for name in ("accuracy", "ece", "rms", "span_norm", "alignment_span"):
+        assert other.scalars[name] == pytest.approx(measured.scalars[name], abs=off, rel=off), name
+    assert other.logits["clean"].dtype == np.float32 and set(other.scalars) == set(measured.scalars)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Tables of one's own for the length of a test."""
+    monkeypatch.setattr(measure, "REGISTERED", {})
+    monkeypatch.setattr(gather, "REGISTERED", {})
+    table = vocabulary.Table("attack", vocabulary.ATTACKS.values())
+    monkeypatch.setattr(gather, "ATTACKS", table)
+    return table
+
+
+def longest(seen, context):
+    return Values({"longest": seen.norms.max()}, {"entropy": -(seen.probs * np.log(seen.probs)).sum(1)},
+                  {"seeds": [context.seed]})
+
+
+def accuracy(seen, context): return Values({"accuracy": 1})
+def a_dict(seen, context): return {"x": 1}
+def a_vector(seen, context): return Values({"x": np.ones(3)})
+def too_long(seen, context): return Values(columns={"x": np.ones(len(seen.labels) + 1)})
+def not_a_number(seen, context): return Values({"x": math.nan, "y": None, "z": np.inf})
+
+
+def test_a_registered_group_stands_in_the_records(pair, digits, registry, measured):
+    assert measure.register(longest) is longest
+    measure.register(longest)
+    measure.register(not_a_number)
+    one = measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW)
+    assert one.scalars["longest"] == pytest.approx(one.samples["norm"].max(), rel=1e-6)
+    assert one.samples["entropy"].dtype == np.float32 and one.curves["seeds"] == [0]
+    assert [one.scalars[name] for name in "xyz"] == [None] * 3
+    assert {name: one.scalars[name] for name in measured.scalars} == measured.scalars
+
+
+@pytest.mark.parametrize("group, message", [
+    (accuracy, "'accuracy' of .*test_measure:accuracy is given by repspace.measure.groups:predicted already"),
+    (a_dict, "test_measure:a_dict gave dict: a group of measures gives Values"),
+    (a_vector, r"test_measure:a_vector: scalar 'x' has shape \(3,\)"),
+    (too_long, r"test_measure:too_long: column 'x' has shape \(1598,\)")])
+def test_a_group_that_gives_what_it_may_not_is_named(pair, digits, registry, group, message):
+    seen = gather.look(pair[0], digits)
+    with pytest.raises(ValueError, match=message):
+        measure.measured(seen, Context("none", 0, FEW), (groups.predicted, measure.register(group)))
+
+
+@pytest.mark.parametrize("group", [lambda seen, context: Values(), "predicted", None, 3])
+def test_only_a_function_that_can_be_found_is_registered(registry, group):
+    with pytest.raises(ValueError, match="function|no name that it could be found by"):
+        measure.register(group)
+
+
+def brighter(model, x, y, eps): return (x + eps).clamp(0, 1)
+def by_chance(model, x, y, eps, generator):
+    return (x + eps * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
+def farther(model, x, y, eps): return (x + 2 * eps).clamp(0, 1)
+def out_of_range(model, x, y, eps): return x - eps
+def nothing(model, x, y, eps): return None
+
+
+def test_a_registered_attack_is_run_beside_the_others_and_changes_none(pair, digits, registry, measured):
+    for name, attack in (("brighter", brighter), ("by-chance", by_chance)):
+        registry.add(vocabulary.AttackRow(name, name, "gradient"))
+        gather.REGISTERED[name] = attack
+    one, two = (measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW) for _ in range(2))
+    assert one.scalars == two.scalars and one.samples.equals(two.samples)
+    assert 0 <= one.scalars["success_brighter"] < one.scalars["success_pgd"] and "by-chance" in one.curves
+    assert set(one.samples["breaks_brighter"][:60]) <= {0, *FEW.grid, math.inf}
+    assert {name: one.scalars[name] for name in measured.scalars} == measured.scalars
+    assert one.samples[list(measured.samples)].equals(measured.samples)
+
+
+@pytest.mark.parametrize("attack, message", [
+    (farther, "attack mine at eps .* moved a pixel by 0.125"), (out_of_range, "gave images in -0.06"),
+    (nothing, "must give images of shape .*NoneType")])
+def test_an_attack_that_leaves_the_ball_is_named(pair, digits, registry, attack, message):
+    registry.add(vocabulary.AttackRow("mine", "mine", "gradient"))
+    gather.REGISTERED["mine"] = attack
+    with pytest.raises(ValueError, match=message):
+        measure.run(*pair, digits, regularize.get("none"), 0, FEW)
+
+
+def test_what_is_not_of_one_run_is_refused(measured, tmp_path):
+    as_recorded(measured, tmp_path)
+    loaded, arrays = records.load("s", "fresh", runs=tmp_path), records.arrays("s", "c", 0, "fresh", runs=tmp_path)
+    with pytest.raises(ValueError, match="not of one run"):
+        measure.from_record(loaded.runs.iloc[0], loaded.samples.iloc[::-1], arrays)
+    with pytest.raises(AttributeError, match="does not hold 'train'"):
+        groups.fitted(*measure.from_record(loaded.runs.iloc[0], loaded.samples, arrays))
