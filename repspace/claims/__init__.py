@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'ledger_columns', 'pairs', 'ledger', 'Reproduction', 'reproduction', 'CLAIMS', 'Claim', 'Measure', 'Pair',
            'chapters', 'columns', 'get', 'kinds', 'paired_kinds', 'register', 'values', 'Markdown', 'TextTable',
-           'agreement', 'compare', 'counted', 'opening', 'overall', 'overview', 'scorecard', 'summary', 'table']
+           'agreement', 'compare', 'counted', 'escaped', 'opening', 'overall', 'overview', 'scorecard', 'summary',
+           'table']
 
 # %% ../../nbs/instruments/claims/index.ipynb #d3005706
 import json
@@ -17,12 +18,12 @@ import pandas as pd
 from .. import records, stats
 from .statements import (CLAIMS, Claim, Measure, Pair, chapters, columns, get, kinds,
                                         paired_kinds, register, values)
-from .tables import (Markdown, TextTable, agreement, compare, counted, opening, overall,
-                                    overview, scorecard, summary, table)
+from .tables import (Markdown, TextTable, agreement, compare, counted, escaped, opening,
+                                    overall, overview, scorecard, summary, table)
 from ..vocabulary import DATA, DataRow, ordered
 
 _all_ = ["CLAIMS", "Claim", "Measure", "Pair", "chapters", "columns", "get", "kinds", "paired_kinds",
-         "register", "values", "Markdown", "TextTable", "agreement", "compare", "counted", "opening",
+         "register", "values", "Markdown", "TextTable", "agreement", "compare", "counted", "escaped", "opening",
          "overall", "overview", "scorecard", "summary", "table"]
 
 log = logging.getLogger(__name__)
@@ -160,14 +161,14 @@ def reproduction(study, runs=None, results=None):
     """Set the fresh records of `study` against the published ones → Reproduction(sentence, rows)."""
     ledgers = []
     for source in ("published", "fresh"):
-        try:
-            ledgers.append(ledger(records.load(study, source, runs, results)))
-        except ValueError:
+        if study not in records.studies(source, runs, results):
             return Reproduction(f"There are no {source} records of {study} here, so there is nothing to compare."
-                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.",
-                                pd.DataFrame())
+                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.", pd.DataFrame())
+        try: ledgers.append(ledger(records.load(study, source, runs, results)))
+        except ValueError as error:
+            return Reproduction(f"The {source} records of {study} cannot be read: {escaped(error)}", pd.DataFrame())
     rows = compare(*ledgers)
-    seeds = [int(each["seeds"].max()) for each in ledgers]
+    seeds = [int(judged["seeds"].max()) for judged in ledgers]
     sentence = (f"{agreement(rows)} The first are the published verdicts ({seeds[0]} seeds), "
                 f"the second this machine's ({seeds[1]} seeds).")
     names = {f"{what}_{side}": f"{what}, {whose}" for what in ("effect", "verdict")
