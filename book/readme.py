@@ -8,47 +8,39 @@ import sys
 from pathlib import Path
 
 from repspace import claims, figures, findings
+from repspace.claims.tables import escaped
+from repspace.vocabulary import VERDICTS, listed
 
 ROOT = Path(__file__).resolve().parent.parent
 README, FIGURE = ROOT / "README.md", ROOT / "results" / "scorecard.svg"
 BLOCK = re.compile(r"(<!-- found:[^\n]*-->\n).*?(<!-- /found -->)", re.S)
 
 
-def listed(made):
-    """Which code made the runs, without saying whether it is today's: a README does not change with the code."""
-    codes = [code for each in made for by in [each.get("provenance") or {}] for code in (by.get("training") or by, by)]
-    versions = {(code.get("version"), (code.get("commit") or "")[:7]) for code in codes}
-    return ", ".join(f"version {version}" + (f" (commit {commit})" if commit else "") for version, commit in sorted(versions))
+def made_by(runs):
+    """Which code made `runs`, without saying whether it is today's: a README does not change with the code."""
+    return listed(sorted({findings.version(made) for of_runs in findings.made_at(runs) for made in of_runs}))
 
 
-def found(studies):
+def block(studies):
     """The README's paragraph and table, as Markdown."""
-    lines = [f"- **{study.name}**: {study.words}; {len(study.runs)} trainings, made by {listed(study.runs['made'])}."
-             for study in studies]
-    lines += ["", "A row of the ledger is a measure on a net, with a regularizer or without; its verdict is *supported*, "
-              "*contradicted*, *none* (neither: too small an effect, or between the claim's bounds) or *open* (too "
-              "uncertain to say).", "", "| claim | " + " | ".join(study.name for study in studies) + " |",
-              "|---" * (len(studies) + 1) + "|"]
-    ledger = findings.ledger(studies)
-    for claim in (claim for claim in claims.CLAIMS if claim.id in set(ledger["claim"])):
-        cells = []
-        for study in studies:
-            verdicts = study.ledger.loc[study.ledger["claim"] == claim.id, "verdict"]
-            counts = figures.counted(verdicts)
-            cells.append(f"**{claims.overall(verdicts)}**: {counts}" if len(verdicts) else "–")
-        lines.append(f"| {claim.sentence} | " + " | ".join(cells) + " |")
+    lines = [f"- **{escaped(study.name)}**: {study.words}; {len(study.runs)} trainings, made by "
+             f"{escaped(made_by(study.runs))}." for study in studies]
+    meanings = "; ".join(f"*{row.name}*, {row.meaning}" for row in VERDICTS.values())
+    lines += ["", "A row of the ledger is a measure on a net, with a regularizer or without, and has a verdict: "
+              f"{meanings}.", "", claims.overview(findings.rows(studies), "nbs/findings").text]
     return "\n".join(lines) + "\n"
 
 
 def expected():
     """(text of README.md, text of the figure) as the published records have them."""
-    studies = findings.load("published", results=ROOT / "results")
+    studies = findings.judged("published", results=ROOT / "results")
+    if studies.left_out:
+        sys.exit(f"records that cannot be read: {studies.left_out}")
     text = README.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         sys.exit("README.md has no block <!-- found: … --> … <!-- /found -->")
-    block = found(studies)
-    figure = figures.scorecard(findings.ledger(studies))
-    return BLOCK.sub(lambda m: m[1] + block + m[2], text), figure.file_text()
+    figure = figures.scorecard(findings.rows(studies))
+    return BLOCK.sub(lambda m: m[1] + block(studies) + m[2], text), figure.file_text()
 
 
 def main(check):

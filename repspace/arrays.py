@@ -13,7 +13,8 @@ def to_numpy(x, dtype=None):
     """`x` (array, tensor on any device, or nested list) as a NumPy array, detached."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
-        x = (x.float() if "bfloat16" in str(x.dtype) else x).numpy()
+        exact = str(x.dtype) in ("torch.float64", "torch.float32", "torch.float16")
+        x = (x if exact or not x.is_floating_point() else x.float()).numpy()
     return np.asarray(x, dtype=dtype)
 
 # %% ../nbs/instruments/arrays.ipynb #6daae935
@@ -30,11 +31,12 @@ def like(result, x):
 
 # %% ../nbs/instruments/arrays.ipynb #65568b34
 def check_head(weight, bias, features=None):
-    """float64 copies of `weight` (K, d), `bias` (K,) and `features` (N, d).
+    """`weight` (K, d), `bias` (K,; None: zeros) and `features` (N, d), if given, in float64.
 
     `ValueError` where shapes disagree, or a number is not finite."""
-    W, b = to_numpy(weight, float), to_numpy(bias, float)
-    if W.ndim != 2 or b.shape != W.shape[:1]:
+    W = to_numpy(weight, float)
+    b = np.zeros(W.shape[:1]) if bias is None else to_numpy(bias, float)
+    if W.ndim != 2 or not W.size or b.shape != W.shape[:1]:
         raise ValueError(f"weight must be (K, d) and bias (K,), but they are {W.shape} and {b.shape}")
     if not (np.isfinite(W).all() and np.isfinite(b).all()):
         raise ValueError("weight and bias must be finite, but they are not")

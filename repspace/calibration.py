@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.special import softmax as _softmax
+from scipy.special import logsumexp, softmax as _softmax
 
-from .arrays import like, to_numpy
+from .arrays import check_labels, like, to_numpy
 
 # %% ../nbs/instruments/calibration.ipynb #f895ca18
 def softmax(logits):
@@ -23,38 +23,54 @@ def softmax(logits):
     return like(_softmax(to_numpy(logits, float), axis=-1), logits)
 
 # %% ../nbs/instruments/calibration.ipynb #3fff4010
+def _like_probabilities(s, few=False):
+    "Whether all rows of logits `s` (N, K) look like probabilities; `few` judges also less than 8 rows."
+    many = len(s) >= 8
+    if not (many or few) or s.min() < 0: return False
+    one_hot = not (many or ((s > 0) & (s < 1)).any())
+    return not one_hot and np.abs(s.sum(1, dtype=float) - 1).max() < (1e-2 if many else 1e-6)
+
+
+def _finite_logits(logits, few=False):
+    "Logits (N, K) as an array of their own dtype, with a ValueError where they are none."
+    s = to_numpy(logits)
+    if s.ndim != 2 or not s.size or not np.isfinite(s).all():
+        raise ValueError(f"logits must be finite and (N, K), N and K above 0, but they are {s.shape}")
+    if _like_probabilities(s, few):
+        raise ValueError("logits look like probabilities: none is below 0 and all rows sum to 1. Give what "
+                         "softmax is taken of, or np.log(probs); measures take probs without from_logits")
+    return s
+
+# %% ../nbs/instruments/calibration.ipynb #02c1b803
 _BLOCK = 2 ** 17   # numbers in a block
 
 
-def _blocks(probs):
-    "(rows, block) of `probs` (N, K), an array, with a ValueError where they are not probabilities."
-    step = max(1, _BLOCK // probs.shape[1])
-    for start in range(0, len(probs), step):
-        rows = slice(start, start + step)
-        block = probs[rows]
+def _slices(p):
+    step = max(1, _BLOCK // p.shape[1])
+    return [slice(start, start + step) for start in range(0, len(p), step)]
+
+
+def _blocks(p, from_logits=False):
+    "(rows, block of probabilities) of `p` (N, K), with a ValueError where they are none."
+    for rows in _slices(p):
+        block = p[rows]
+        if from_logits: block = _softmax(block.astype(float), axis=1)
         if block.dtype not in (np.float32, np.float64): block = block.astype(float)
         if not (block.min() >= 0 and np.abs(np.einsum("ij->i", block) - 1).max() < 1e-2):
-            raise ValueError("probs must be at least 0 with rows that sum to 1; "
-                             "logits go through softmax")
+            raise ValueError("probs must be at least 0 with rows that sum to 1; logits go through "
+                             "softmax, or with from_logits=True")
         yield rows, block
 
 
-def _probs_and_labels(probs, labels):
-    "Arrays `probs` (N, K), in their own dtype and yet to be checked, and integer `labels` (N,)."
-    p = to_numpy(probs)
-    if p.ndim != 2 or not p.size:
-        raise ValueError(f"probs must be (N, K) with N, K at least 1, but they are {p.shape}")
-    return p, _checked_labels(labels, p.shape)
-
-
-def _checked_labels(labels, shape):
-    "Integer labels (N,) that fit probabilities or logits of `shape` (N, K)."
-    y = to_numpy(labels)
-    if y.shape != shape[:1] or y.dtype.kind not in "iu":
-        raise ValueError(f"labels must be {shape[0]} integers, but they are {y.dtype} {y.shape}")
-    if y.min() < 0 or y.max() >= shape[1]:
-        raise ValueError(f"labels must lie in 0..{shape[1] - 1}, but they are {y.min()}..{y.max()}")
-    return y.astype(int, copy=False)
+def _checked(probs, labels, from_logits):
+    "Array `probs` (N, K), in its own dtype (probabilities are yet to be checked), int64 `labels` (N,)."
+    if from_logits:
+        p = _finite_logits(probs)
+    else:
+        p = to_numpy(probs)
+        if p.ndim != 2 or not p.size:
+            raise ValueError(f"probs must be (N, K) with N, K at least 1, but they are {p.shape}")
+    return p, check_labels(to_numpy(labels), *p.shape)
 
 # %% ../nbs/instruments/calibration.ipynb #4b68f010
 def _top(p, y):
@@ -69,11 +85,11 @@ def _top(p, y):
     return p[index, first], first == y
 
 
-def _judged(probs, labels):
+def _judged(probs, labels, from_logits=False):
     "Confidence (N,) and whether the prediction is right (N,), 1.0 or 0.0; both float64."
-    p, y = _probs_and_labels(probs, labels)
+    p, y = _checked(probs, labels, from_logits)
     confidence, hits = np.empty((2, len(p)))
-    for rows, block in _blocks(p):
+    for rows, block in _blocks(p, from_logits):
         confidence[rows], hits[rows] = _top(block, y[rows])
     return confidence, hits
 
@@ -117,61 +133,73 @@ def binned_error(confidence, correct, n_bins=15, binning="width", weights=None):
     return np.abs(w @ by_bin).sum(-1) / w.sum(-1)
 
 
-def expected_calibration_error(probs, labels, n_bins=15, binning="width"):
+def expected_calibration_error(probs, labels, n_bins=15, binning="width", *, from_logits=False):
     """ECE in [0, 1] of `probs` (N, K) for `labels` (N,): |accuracy - confidence| by confidence.
 
     `binning` is "width" (Guo et al. 2017) or "mass" (adaptive: as many samples in each bin).
-    ValueError where probs are not probabilities or labels do not fit them.
+    `from_logits`: `probs` are logits. ValueError where they are not, or labels do not fit them.
     """
-    return binned_error(*_judged(probs, labels), n_bins, binning)
+    return binned_error(*_judged(probs, labels, from_logits), n_bins, binning)
 
 # %% ../nbs/instruments/calibration.ipynb #89d0a84b
-def classwise_calibration_error(probs, labels, n_bins=15, binning="width"):
+def classwise_calibration_error(probs, labels, n_bins=15, binning="width", *, from_logits=False):
     """Mean over k of the binned error of p_k against "label is k"; `probs` (N, K), `labels` (N,).
 
     Kull et al. 2019. In [0, 1]; bins and errors as in `expected_calibration_error`.
     """
-    p, y = _probs_and_labels(probs, labels)
-    for _ in _blocks(p): pass   # a check before the first class
-    errors = [binned_error(column.astype(float), y == k, n_bins, binning)
-              for k, column in enumerate(p.T)]
+    p, y = _checked(probs, labels, from_logits)
+    column = lambda k: p[:, k].astype(float)
+    if from_logits:
+        total = np.concatenate([logsumexp(p[rows].astype(float), axis=1) for rows in _slices(p)])
+        column = lambda k: np.exp(p[:, k] - total)
+    else:
+        for _ in _blocks(p): pass   # a check before the first class
+    errors = [binned_error(column(k), y == k, n_bins, binning) for k in range(p.shape[1])]
     return float(np.mean(errors))
 
 # %% ../nbs/instruments/calibration.ipynb #df2ee4d7
-def brier(probs, labels):
+def brier(probs, labels, *, from_logits=False):
     """Mean squared distance of `probs` (N, K) from the one-hot label, a sum over classes: 0 to 2."""
-    p, y = _probs_and_labels(probs, labels)
+    p, y = _checked(probs, labels, from_logits)
     total = 0.0
-    for rows, block in _blocks(p):
-        off = block.astype(float)
-        off[np.arange(len(off)), y[rows]] -= 1
+    for rows, block in _blocks(p, from_logits):
+        off, own = block.astype(float), (np.arange(len(block)), y[rows])
+        if from_logits:
+            off[own] = 0
+            off[own] = -off.sum(1)
+        else: off[own] -= 1
         total += np.einsum("ij,ij->", off, off)
     return float(total / len(p))
 
 
-def nll(probs, labels):
+def nll(probs, labels, *, from_logits=False):
     """Mean of -log p of the label, in nats; inf where a label has probability 0."""
-    p, y = _probs_and_labels(probs, labels)
+    p, y = _checked(probs, labels, from_logits)
     own = np.empty(len(p))
-    for rows, block in _blocks(p): own[rows] = block[np.arange(len(block)), y[rows]]
-    with np.errstate(divide="ignore"):
-        return float(0 - np.log(own).mean())
+    exact = ((rows, p[rows].astype(float)) for rows in _slices(p))
+    for rows, block in exact if from_logits else _blocks(p):
+        values = block[np.arange(len(block)), y[rows]]
+        with np.errstate(divide="ignore"):
+            own[rows] = (-logsumexp(block - values[:, None], axis=1) if from_logits
+                         else np.log(values.astype(float)))
+    return float(0 - own.mean())
 
 
-def confidence_gap(probs, labels):
+def confidence_gap(probs, labels, *, from_logits=False):
     """Mean confidence minus accuracy: above 0 overconfident, below 0 underconfident."""
-    confidence, hits = _judged(probs, labels)
+    confidence, hits = _judged(probs, labels, from_logits)
     return float(confidence.mean() - hits.mean())
 
 # %% ../nbs/instruments/calibration.ipynb #46c12128
-def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width"):
+def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width", *,
+                      from_logits=False):
     """Mean ECE of `probs` (N, K) if they were true, over `n_draws` draws of labels from them.
 
     Judge the excess of `expected_calibration_error(...)` over this, rather than the error.
     """
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, but it is {n_draws}")
-    confidence, _ = _judged(probs, np.zeros(len(probs), int))
+    confidence, _ = _judged(probs, np.zeros(len(probs), int), from_logits)
     confidence = np.minimum(confidence, 1)
     _, bins = _bins(confidence, n_bins, binning)
     expected = np.bincount(bins, weights=confidence)
@@ -180,12 +208,12 @@ def calibration_floor(probs, n_draws=200, seed=0, n_bins=15, binning="width"):
     return float(np.abs(np.array(draws) - expected).sum(1).mean() / len(bins))
 
 # %% ../nbs/instruments/calibration.ipynb #43a4f343
-def reliability(probs, labels, n_bins=15, binning="width"):
+def reliability(probs, labels, n_bins=15, binning="width", *, from_logits=False):
     """Table by confidence: low, high, count, confidence, accuracy, accuracy_low, accuracy_high.
 
     The last two are Wilson's 95 % interval. Empty bins keep their row, with NaN in four columns.
     """
-    confidence, hits = _judged(probs, labels)
+    confidence, hits = _judged(probs, labels, from_logits)
     edges, bins = _bins(confidence, n_bins, binning)
     size = len(edges) - 1
     n, c, k = (np.bincount(bins, weights=w, minlength=size) for w in (None, confidence, hits))
@@ -215,11 +243,10 @@ def _best_scale(u, v, labels):
     return brentq(slope, LOWEST, HIGHEST, xtol=1e-12, rtol=1e-12), False
 
 
-def _checked_logits(logits, labels=None):
-    s = to_numpy(logits, float)
-    if s.ndim != 2 or not s.size or not np.isfinite(s).all():
-        raise ValueError(f"logits must be finite and (N, K), N and K above 0, but they are {s.shape}")
-    return s if labels is None else (s, _checked_labels(labels, s.shape))
+def _logits_to_fit(logits, labels):
+    "float64 logits (N, K) and int64 labels (N,), with a ValueError where logits look like probabilities."
+    s = _finite_logits(logits, few=True).astype(float)
+    return s, check_labels(to_numpy(labels), *s.shape)
 
 # %% ../nbs/instruments/calibration.ipynb #b923a869
 class TemperatureScaling:
@@ -230,8 +257,8 @@ class TemperatureScaling:
     temperature, at_bound = None, None
 
     def fit(self, logits, labels):
-        """Find the temperature for `logits` (N, K) and `labels` (N,); returns self."""
-        s, y = _checked_logits(logits, labels)
+        """Find the temperature for `logits` (N, K), not probabilities, and `labels` (N,); gives self."""
+        s, y = _logits_to_fit(logits, labels)
         scale, self.at_bound = _best_scale(s, 0.0, y)
         self.temperature = 1 / scale
         return self
@@ -240,7 +267,7 @@ class TemperatureScaling:
         """Probabilities (N, K) at the fitted temperature."""
         if self.temperature is None:
             raise ValueError("no temperature yet: call fit(logits, labels) first")
-        return like(_softmax(_checked_logits(logits) / self.temperature, axis=1), logits)
+        return like(_softmax(_finite_logits(logits).astype(float) / self.temperature, axis=1), logits)
 
 # %% ../nbs/instruments/calibration.ipynb #c1dc8729
 class FeatureScaling:
@@ -252,8 +279,8 @@ class FeatureScaling:
     scale, at_bound = None, None
 
     def fit(self, logits, bias, labels):
-        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,), `labels` (N,); gives self."""
-        s, y = _checked_logits(logits, labels)
+        """Find α for `logits` Wz + b (N, K), the head's `bias` (K,; None: 0), `labels` (N,); gives self."""
+        s, y = _logits_to_fit(logits, labels)
         b = self._bias(bias, s)
         self.scale, self.at_bound = _best_scale(s - b, b, y)
         return self
@@ -262,13 +289,13 @@ class FeatureScaling:
         """Probabilities (N, K) with the representation vectors scaled by the fitted α."""
         if self.scale is None:
             raise ValueError("no scale yet: call fit(logits, bias, labels) first")
-        s = _checked_logits(logits)
+        s = _finite_logits(logits).astype(float)
         b = self._bias(bias, s)
         return like(_softmax(self.scale * (s - b) + b, axis=1), logits)
 
     @staticmethod
     def _bias(bias, logits):
-        b = to_numpy(bias, float)
+        b = np.zeros(logits.shape[1]) if bias is None else to_numpy(bias, float)
         if b.shape != logits.shape[1:]:
             raise ValueError(f"bias must be ({logits.shape[1]},) to fit logits, "
                              f"but it is {b.shape}")
@@ -292,12 +319,11 @@ def halves(n, seed=0):
 def cross_fit(scaler_factory, logits, labels, bias=None, seed=0):
     """Probabilities of all samples, each half scaled by what was fitted on the other → CrossFit.
 
-    `scaler_factory` is `TemperatureScaling`, or `FeatureScaling`, which needs the `bias` (K,).
+    `scaler_factory` is `TemperatureScaling`, or `FeatureScaling`, which takes the `bias` (K,) of the
+    head into account; None is a head without one.
     """
-    if scaler_factory is FeatureScaling and bias is None:
-        raise ValueError("FeatureScaling needs the bias (K,) of the head, but none was given")
-    s, y = _checked_logits(logits, labels)
-    head = () if bias is None else (to_numpy(bias, float),)
+    s, y = _logits_to_fit(logits, labels)
+    head = (bias,) if scaler_factory is FeatureScaling or bias is not None else ()
     probs, scalers, (one, two) = np.empty_like(s), [], halves(len(s), seed)
     for fitted, judged in ((one, two), (two, one)):
         scalers.append(scaler_factory().fit(s[fitted], *head, y[fitted]))

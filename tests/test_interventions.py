@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 from scipy.special import softmax
 
-from repspace import interventions, records, stats
-from repspace.geometry.centers import class_centers, span_projector
-from repspace.geometry import alignment, displacement, three_factors
+from repspace import geometry, interventions, records, stats
+from repspace.geometry import alignment, class_centers, displacement, span_projector, three_factors
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["rescale", "realign", "rest"]
@@ -79,7 +78,7 @@ def test_a_net_in_float32_and_its_tensors():
     weight, bias = head.weight.detach(), head.bias.detach()
     W, b, Z = weight.double().numpy(), bias.double().numpy(), features.double().numpy()
     P = span_projector(W)
-    q = interventions.span_vectors(weight, bias, logits)
+    q = geometry.span_vectors(weight, bias, logits)
     assert q.dtype == torch.float32
     norms = 2 * np.linalg.norm(Z @ P, axis=1)
     assert np.allclose(q, Z @ P, atol=1e-4 * norms.mean())
@@ -141,15 +140,15 @@ def test_shapley_values_by_all_orders(n):
         for i in order:
             before, now[i] = v[tuple(now)], 1
             total[i] += v[tuple(now)] - before
-    found = interventions.shapley(v)
+    found = stats.shapley(v)
     assert np.allclose(found, total / len(orders))
     assert np.isclose(found.sum(), v[(1,) * n] - v[(0,) * n])
 
 
 def test_a_factor_that_changes_nothing_gets_nothing_and_equals_get_equal():
     v = np.random.default_rng(0).normal(size=(2, 2))
-    assert np.allclose(interventions.shapley(np.stack([v, v], 1))[1], 0)
-    a, _, b = interventions.shapley(np.add.outer(v + v.T, [0, 0]).transpose(0, 2, 1))
+    assert np.allclose(stats.shapley(np.stack([v, v], 1))[1], 0)
+    a, _, b = stats.shapley(np.add.outer(v + v.T, [0, 0]).transpose(0, 2, 1))
     assert np.isclose(a, b)
 
 
@@ -158,7 +157,7 @@ def test_the_interval_of_a_share_holds_the_true_share_as_often_as_it_says():
     for _ in range(draws):
         effect = rng.normal(1, 0.3, size=6)
         part = 0.4 * effect + rng.normal(0, 0.2, size=6)
-        found = interventions.share(part, effect)
+        found = stats.share(part, effect)
         hits += np.isnan(found.low) or found.low <= 0.4 <= found.high
     assert abs(hits / draws - 0.95) < 3 * np.sqrt(0.95 * 0.05 / draws) + 0.005
 
@@ -167,7 +166,7 @@ def test_there_is_a_share_just_where_the_effect_excludes_zero():
     rng = np.random.default_rng(1)
     for _ in range(300):
         effect, part = rng.normal(rng.normal(), 1, size=5), rng.normal(size=5)
-        whole, found = stats.mean_interval(effect), interventions.share(part, effect)
+        whole, found = stats.mean_interval(effect), stats.share(part, effect)
         assert np.isnan(found).any() == (whole.low <= 0 <= whole.high)
         if not np.isnan(found.mean): assert found.low <= found.mean <= found.high
 
@@ -187,7 +186,7 @@ def trained(seed, scale=1.0, closer=1.0, push=1.0, inward=0.0, tilt=0.0, n=300, 
     delta *= length / np.linalg.norm(delta, axis=1, keepdims=True)
     s = Z @ W.T
     if closer != 1:
-        angle = np.arccos(interventions.span_cosines(W, 0 * b, s, centers))
+        angle = np.arccos(geometry.span_cosines(W, 0 * b, s, centers))
         s = interventions.realign(W, 0 * b, s, centers, np.cos(closer * angle))
     s = scale * s + b
     return interventions.Run(W, b, centers, labels, s, {"a": s + push * scale * delta @ W.T})
@@ -299,8 +298,8 @@ def test_a_study_by_its_name(study):
     assert list(found.index.names) == ["measure", "part"] and (found["seeds"] == 5).all()
     shares = found.loc["confidence", ["share", "share_low", "share_high"]]
     assert np.allclose(shares.loc["rescale"], 1, atol=1e-6) and np.allclose(shares.loc["realign"], 0, atol=1e-6)
-    per_seed = [interventions.confidence_effect(interventions.read(study, "plain", seed),
-                                                interventions.read(study, "short", seed)) for seed in range(5)]
+    per_seed = [interventions.confidence_effect(interventions.run_of(study, "plain", seed),
+                                                interventions.run_of(study, "short", seed)) for seed in range(5)]
     interval = stats.mean_interval([table["effect"]["nll"] for table in per_seed])
     assert np.allclose(found.loc[("nll", "effect"), ["mean", "low", "high"]].astype(float), interval)
 
@@ -337,14 +336,14 @@ def digits():
 def test_published_norms_cosines_displacements_and_success_are_found_again_without_exception(digits):
     rows = digits.samples.set_index(["condition", "seed"]).sort_index()
     for row in digits.runs.itertuples():
-        run, told = interventions.read(digits, row.condition, row.seed), rows.loc[(row.condition, row.seed)]
+        run, told = interventions.run_of(digits, row.condition, row.seed), rows.loc[(row.condition, row.seed)]
         head = run.weight, run.bias
-        assert np.allclose(interventions.span_norms(*head, run.logits), told["span_norm"], rtol=0.02)
-        cosines = interventions.span_cosines(*head, run.logits, run.centers)
+        assert np.allclose(geometry.span_norms(*head, run.logits), told["span_norm"], rtol=0.02)
+        cosines = geometry.span_cosines(*head, run.logits, run.centers)
         assert np.allclose(cosines, told["cos_predicted_span"], atol=0.02)
-        q = interventions.span_vectors(*head, run.logits)
+        q = geometry.span_vectors(*head, run.logits)
         for attack, moved in run.moved.items():
-            relative = displacement(q[:len(moved)], interventions.span_vectors(*head, moved)).relative
+            relative = displacement(q[:len(moved)], geometry.span_vectors(*head, moved)).relative
             margin, laterality, rho = interventions.factors(run, attack)
             assert np.allclose(rho, relative, atol=1e-9)
             assert np.allclose(rho, told[f"rho_span_{attack}"][:len(moved)], rtol=0.1, atol=0.02)
@@ -355,7 +354,7 @@ def test_published_norms_cosines_displacements_and_success_are_found_again_witho
 def test_rounded_records_tell_the_same(digits):
     from repspace.records import compact
     condition = "digits.tiny-cnn.{}".format
-    pair = [interventions.read(digits, condition(name), 0) for name in ("none", "label-smoothing-0.1")]
+    pair = [interventions.run_of(digits, condition(name), 0) for name in ("none", "label-smoothing-0.1")]
     rounded = []
     for run in pair:
         stored = compact.published_logits({"labels": run.labels, "clean": run.logits.astype(np.float32)} | {
@@ -383,6 +382,6 @@ def test_probabilities_of_a_rescaled_net_are_those_of_feature_scaling():
     from repspace.calibration import FeatureScaling
     run = trained(0, tilt=1.0)
     scaler = FeatureScaling().fit(run.logits, run.bias, run.labels)
-    norms = scaler.scale * interventions.span_norms(run.weight, run.bias, run.logits)
+    norms = scaler.scale * geometry.span_norms(run.weight, run.bias, run.logits)
     found = softmax(interventions.rescale(run.weight, run.bias, run.logits, norms), axis=1)
     assert np.allclose(found, scaler.apply(run.logits, run.bias), atol=1e-12)

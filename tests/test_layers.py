@@ -28,8 +28,8 @@ ROOMS = {
     "interventions": ("arrays", "stats", "calibration", "geometry", "records"),
     "claims": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "interventions"),
     "figures": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "claims"),
-    "findings": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "interventions", "claims",
-                 "figures"),
+    "findings": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "study", "interventions",
+                 "claims", "figures"),   # of study: by which code, `provenance`
 }
 # What only measures may import PyTorch; what reads must not, and neither must what checks a study's YAML.
 MEASURING = {"data", "models", "regularize", "attacks", "corruptions", "train", "measure"}

@@ -21,17 +21,32 @@ FAMILIES = {"edge": [1.0] * 12,
             "mixed": [-9, -9, -9, 9, 9, 9, 0, 0, -1, 1, -1.1, 1.1]}
 
 
+def familywise_error(means, zone, n_seeds=10, shared=0.5, n_draws=2000, alpha=0.05, seed=0):
+    """Share of simulated families in which any row with true mean `means` (m,) is decided wrongly.
+
+    Noise has unit variance per seed, of which the part `shared` is common to all rows of a seed.
+    """
+    draw, wrong = np.random.default_rng(seed), 0
+    true = [stats.verdict(m, m, zone) if m not in (zone.low, zone.high) else "open" for m in means]
+    for _ in range(n_draws):
+        common = draw.normal(size=n_seeds) * np.sqrt(shared)
+        noise = common + draw.normal(size=(len(means), n_seeds)) * np.sqrt(1 - shared)
+        decisions = stats.decide([(m + e, zone) for m, e in zip(means, noise)], alpha=alpha)
+        wrong += any(d.verdict not in ("open", t) for d, t in zip(decisions, true))
+    return wrong / n_draws
+
+
 @pytest.mark.parametrize("shared", [0, 0.5, 0.95])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_a_wrong_verdict_in_at_most_five_percent(family, shared):
     n_draws = 1000
-    error = stats.familywise_error(FAMILIES[family], BELOW, shared=shared, n_draws=n_draws)
+    error = familywise_error(FAMILIES[family], BELOW, shared=shared, n_draws=n_draws)
     assert error <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / n_draws)
 
 
 def test_narrow_noise_where_equivalence_can_be_shown():
     zone = stats.region(-4, 4, "inside")
-    error = stats.familywise_error([4.0, -4.0, 3.9, -4.1, 0, 0, 2, -2], zone, n_draws=1000)
+    error = familywise_error([4.0, -4.0, 3.9, -4.1, 0, 0, 2, -2], zone, n_draws=1000)
     assert error <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 1000)
 
 
@@ -65,9 +80,23 @@ def test_decision_and_interval_agree_at_every_level():
 def test_a_constant_row_beside_others_changes_nothing_but_the_count():
     x = np.linspace(-3, -2, 10)
     alone, = stats.decide([(x, BELOW)])
-    constant, beside = stats.decide([([-5.0] * 10, BELOW), (x, BELOW)])
-    assert constant.verdict == beside.verdict == alone.verdict == "supported"
-    assert (constant.low, constant.high) == (-5, -5) and beside.level == alone.level == 0.95
+    constant, other = stats.decide([([-5.0] * 10, BELOW), (x, BELOW)])
+    assert constant.verdict == other.verdict == alone.verdict == "supported"
+    assert (constant.low, constant.high) == (-5, -5) and other.level == alone.level == 0.95
+
+
+def test_one_correlation_for_rows_counts_and_edges():
+    from scipy.stats import pearsonr
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(2, 6, 50))
+    assert np.allclose(stats.correlation(x, y), [pearsonr(a, b)[0] for a, b in zip(x, y)], atol=1e-14)
+    counts = stats.bootstrap_counts(50, 30)
+    for r, n in zip(stats.correlation(x[0], y[0], counts), counts.astype(int)):
+        assert np.isclose(r, pearsonr(np.repeat(x[0], n), np.repeat(y[0], n))[0], atol=1e-12)
+    assert stats.correlation(1e8 + x[0], x[0]) == pytest.approx(1, abs=1e-12)
+    assert np.isnan(stats.correlation(np.ones(50), y[0])) and np.isnan(stats.correlation(x[0], y[0], np.eye(50)[0]))
+    assert stats.correlation(1e-9 * x[0] + 1, x[0]) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 0"): stats.correlation(x[0], y[0], -counts)
 
 
 def constructed(targets, n_seeds=10, data="digits"):
@@ -78,7 +107,7 @@ def constructed(targets, n_seeds=10, data="digits"):
         for seed in range(n_seeds):
             noise = draw.normal(0, 1e-4)
             row = dict(study="constructed", condition=condition, data=data, model="net", feature_dim=pd.NA,
-                       regularizer=text, seed=seed)
+                       regularizer=text, seed=seed, untrained_bias_norm=1.0)
             regularized = text != "none"
             for measure, effect in targets.items():
                 if measure.kind == "images":
@@ -109,17 +138,17 @@ MEASURES = [pytest.param(claim, measure, id=f"{claim.id}-{measure.name}")
 
 @pytest.mark.parametrize("claim, measure", MEASURES)
 def test_every_measure_reaches_its_verdicts(claim, measure):
-    found = set()
+    reached = set()
     for value, expected in reachable(measure.region):
         ledger = claims.ledger(constructed({measure: value}))
         rows = ledger[(ledger["claim"] == claim.id) & (ledger["measure"] == measure.name)]
         assert len(rows) and set(rows["verdict"]) == {expected}
         assert np.allclose(rows["effect"], value, atol=1e-3)
-        found.add(expected)
+        reached.add(expected)
     few = claims.ledger(constructed({measure: value}, n_seeds=9))
     assert set(few["verdict"]) == {"open"}
-    assert "supported" in found and "contradicted" in found
-    assert ("none" in found) == (measure.region.claimed != "inside")
+    assert "supported" in reached and "contradicted" in reached
+    assert ("none" in reached) == (measure.region.claimed != "inside")
 
 
 @pytest.mark.parametrize("data, n_seeds, decided", [("digits", 9, False), ("digits", 10, True),
@@ -215,7 +244,7 @@ def test_figures_are_the_same_bytes_in_another_process(ledger, tmp_path):
 
 
 def test_reading_imports_no_torch():
-    code = ("import sys; from repspace import claims, figures, findings, sampling, stats; findings._today(); "
+    code = ("import sys; from repspace import claims, figures, findings, stats; from repspace.claims import sampling; findings.provenance(); "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -230,7 +259,7 @@ def digits():
 def test_bootstrap_of_a_pair_is_that_of_the_rows(digits):
     """The interval of alignment's effect, over published images, drawn row by row and with counts as weights."""
     rows = claims.ledger(digits).query("claim == 'alignment' and measure == 'cos_label_span' and regularizer == 'mixup:1.0'")
-    table = sampling.beside(rows, digits, n_draws=400)
+    table = sampling.with_image_intervals(rows, sampling.Draws(digits, n_draws=400))
     for row in table.itertuples():
         plain = row.condition.rsplit(".mixup", 1)[0] + ".none"
         of = dict(list(digits.samples.groupby(["condition", "seed"])))
@@ -238,25 +267,28 @@ def test_bootstrap_of_a_pair_is_that_of_the_rows(digits):
             a, b = (of[name, seed] for name in (row.condition, plain))
             right = ((a["label"] == a["prediction"]).to_numpy() & (b["label"] == b["prediction"]).to_numpy())
             return (a["cos_label_span"].to_numpy() - b["cos_label_span"].to_numpy())[right]
-        per_seed = [stats.bootstrap_interval(difference(seed), n_draws=400) for seed in row.per_seed.index]
-        assert abs(np.mean([i.mean for i in per_seed]) - row.effect) < 1e-4
-        half = np.sqrt(np.sum([((i.high - i.low) / 2) ** 2 for i in per_seed])) / len(per_seed)
+        values = [difference(seed) for seed in row.per_seed.index]
+        assert abs(np.mean([v.mean() for v in values]) - row.effect) < 1e-4
+        draw = np.random.default_rng(0)
+        drawn = [[v[draw.integers(0, len(v), len(v))].mean() for _ in range(400)] for v in values]
+        widths = [np.subtract(*np.quantile(d, [0.975, 0.025])) / 2 for d in drawn]
+        half = np.sqrt(np.sum(np.square(widths))) / len(widths)
         assert 0.8 < (row.images_high - row.images_low) / 2 / half < 1.25
 
 
 def test_recorded_scalars_follow_from_the_rows(digits, tmp_path):
     """Over all test images, what `sampling.statistic` makes of a fresh record's rows is the record's own scalar."""
     run = digits.runs.iloc[0].to_dict()
-    rows = digits.samples.query("condition == @run['condition'] and seed == @run['seed']")
+    rows = sampling._rows_of(sampling.Draws(digits), "no_bias_accuracy", run["condition"], run["seed"])
     once = np.ones((1, len(rows)), np.float32)
     known = ("accuracy", "confidence_gap", "nll", "rms", "span_norm", "cone_degree_test", "success_pgd", "success_fgsm",
              "toward_r_pgd", "toward_r_span_noise", "no_bias_accuracy", "no_bias_agreement", "ece_excess")
     for column in known:
-        found = sampling.statistic(column, run, rows, once, 16)[0]
+        from_rows = sampling.statistic(column, run, rows, once, 16)[0]
         # 200 published images of about 1,600: the two agree as two samples do. The floor is not in the rows.
         slack = {"toward_r_pgd": .3, "toward_r_span_noise": .3, "success_pgd": .15, "success_fgsm": .15,
                  "span_norm": .1 * run["span_norm"], "nll": .1}.get(column, .06)
-        assert abs(found - run[column]) < slack, (column, found, run[column])
+        assert abs(from_rows - run[column]) < slack, (column, from_rows, run[column])
 
 
 # ---- several studies ----
@@ -274,14 +306,14 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
         run["identity"] = records.identity(run)
         samples = pd.DataFrame({"image": range(4), "label": 0, "prediction": 0, "subset": True})
         records.write(records.run_folder("cifar10-cpu", run["condition"], seed, tmp_path), run, samples, {}, {})
-    assert [study.name for study in findings.load(runs=tmp_path, results=results)] == ["digits"]
+    assert [study.name for study in findings.judged(runs=tmp_path, results=results)] == ["digits"]
     for seeds, verdict in ((range(2), "open"), (range(2, 5), "supported")):
         for seed in seeds:
             for text in ("none", "mixup:1.0"):
                 write(seed, text)
-        studies = findings.load(runs=tmp_path, results=results)
+        studies = findings.judged(runs=tmp_path, results=results)
         assert [study.name for study in studies] == ["digits", "cifar10-cpu"]
-        ledger = findings.ledger(studies)
+        ledger = findings.rows(studies)
         assert set(ledger.query("study == 'cifar10-cpu' and measure == 'rms'")["verdict"]) == {verdict}
         assert f"- **cifar10-cpu: {verdict}.**" in claims.opening("magnitude", ledger).text
         assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
@@ -292,7 +324,7 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
 
 
 def test_a_study_of_the_plane_is_not_judged():
-    assert "digits-2d" in records.studies("published") and all(s.name != "digits-2d" for s in findings.load("published"))
+    assert "digits-2d" in records.studies("published") and all(s.name != "digits-2d" for s in findings.judged("published"))
 
 
 def test_runs_of_another_recipe_are_not_paired_with_the_rest(caplog):
@@ -308,3 +340,111 @@ def test_runs_of_another_recipe_are_not_paired_with_the_rest(caplog):
     assert "3 runs with the recipe" in caplog.text and '"epochs": 15' in caplog.text
     images = ledger[(ledger["measure"] == "cos_label") & (ledger["model"] == "tiny-cnn")]
     assert len(images) and (images["seeds"] == 7).all()
+
+
+# ---- claims and figures from outside, records of what is not known here ----
+
+@pytest.fixture
+def kurtosis():
+    """A claim registered from outside, on a column that old records lack; taken away again."""
+    claim = claims.Claim("kurtosis", "Vectors have few large entries.", "nowhere", "magnitude", (
+        claims.Measure("kurtosis", "change of kurtosis", "difference", "kurtosis", stats.region(-0.1, 0.1, "above"), "A guess."),))
+    yield claims.register(claim)
+    claims.CLAIMS.remove(claim)
+    figures.FIGURES.clear()
+
+
+def test_a_registered_claim_is_judged_where_records_have_its_column(kurtosis, digits, caplog):
+    before = claims.ledger(digits, claim_ids=["magnitude"])
+    old, new = claims.ledger(digits), claims.ledger(digits._replace(runs=digits.runs.copy().assign(
+        kurtosis=digits.runs["regularizer"].eq("mixup:1.0") + digits.runs["seed"] / 1e3)))
+    assert "kurtosis of claim kurtosis is not judged: no column 'kurtosis'" in caplog.text
+    assert "kurtosis" not in set(old["claim"])
+    assert set(new.query("claim == 'kurtosis' and regularizer == 'mixup:1.0'")["verdict"]) == {"supported"}
+    for ledger in (old, new):
+        same = ledger[ledger["claim"] == "magnitude"].reset_index(drop=True)
+        pd.testing.assert_frame_equal(before.drop(columns="per_seed"), same.drop(columns="per_seed"), check_dtype=False)
+    assert f"[kurtosis](findings/magnitude.ipynb): {kurtosis.sentence}" in claims.overview(new).text
+
+
+def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatch):
+    figures.register("norms by net", lambda recorded: figures.paired_lines(recorded.runs, "rms"), "kurtosis")
+    figures.register("all verdicts", figures.scorecard, of="ledger")
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", lambda *things: displayed.extend(things))
+    def shown(chapter):
+        displayed.clear()
+        findings.added([findings.Judged("digits", digits)], chapter)
+        return [getattr(thing, "text", None) or thing.alt for thing in displayed]
+    heading, nothing, name, study, figure = shown("magnitude")
+    assert (heading, name) == (f"## {kurtosis.sentence}", "## norms by net")
+    assert nothing.startswith("No record here") and figure.startswith("Rms, plain → regularized")
+    assert shown("scorecard")[0] == "## all verdicts" and not shown("cones")
+
+
+def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2"):
+    """Made-up records whose regularizer, data set and model nobody has registered here."""
+    made = constructed({m: m.region.low - 0.01 for m in claims.get("magnitude").measures}, n_seeds=5, data="x")
+    known = {"none": "none", "label-smoothing:0.1": text, "mixup:1.0": "mixup:1.0", "cutmix:1.0": "cutmix:1.0"}
+    runs = made.runs.assign(data=data, model=model, regularizer=made.runs["regularizer"].map(known), source="fresh",
+                            settings=[{}] * len(made.runs), made=[{"device": "cpu<script>"}] * len(made.runs), seconds=1.0)
+    samples = pd.DataFrame([dict(condition=run.condition, seed=run.seed, image=i, label=0, prediction=0, subset=True,
+                                 norm=i + run.seed / 10) for run in runs.itertuples() for i in range(9)])
+    return findings.Judged("foreign", records.Records(runs, samples))
+
+
+def test_records_of_what_is_not_registered_are_shown_with_plain_names():
+    study = foreign()
+    assert set(study.rows("magnitude")["verdict"]) == {"supported"}, "five seeds, as for any other data"
+    pages = [findings.opening([study], "magnitude").text, claims.scorecard(study.ledger, "my$net_2").text,
+             claims.overview(study.ledger).text, findings.overview([study]).text, findings.scope([study]).text,
+             claims.table(study.rows("magnitude"), "magnitude")._repr_html_(), study.heading.text]
+    assert "sam 0.05 + my_reg" in pages[0] and "my&#36;net_2 on folder:/pictures&#124;&lt;b&gt;" in pages[4]
+    assert not [page for page in pages if "<script>" in page or "<b>" in page]
+    drawn = [figures.effects(study.rows("magnitude"), "magnitude"), figures.scorecard(study.ledger),
+             figures.paired_lines(study.runs, "rms"), figures.distributions(study.recorded, "norm")]
+    for figure in drawn:
+        ElementTree.fromstring(figure.svg)
+    assert all("sam 0.05 + my_reg" in figure.alt for figure in drawn[2:])
+    assert all("#767676" in figure.svg for figure in drawn[:1] + drawn[2:])
+
+
+def test_arrays_are_read_from_where_the_records_were_loaded(small_study, monkeypatch, tmp_path):
+    """The untrained head tells that biases start at zero, wherever the default folders are."""
+    with_column = small_study.runs.drop(columns="untrained_bias_norm", errors="ignore")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("REPSPACE_RUNS", str(elsewhere))
+    monkeypatch.chdir(elsewhere)
+    ledger = claims.ledger(small_study._replace(runs=with_column))
+    before = ledger["measure"].str.startswith("untrained_")
+    assert before.any() and set(ledger[before]["verdict"]) == {"not applicable"}
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(ValueError):
+        claims.ledger(small_study._replace(runs=with_column))
+
+
+def test_a_ledger_is_the_same_whether_its_rows_are_drawn_alone_or_together(digits):
+    ledger = claims.ledger(digits, claim_ids=["calibration", "robustness"])
+    draws = sampling.Draws(digits, n_draws=50)
+    together = sampling.with_image_intervals(ledger, draws)
+    alone = sampling.with_image_intervals(ledger[ledger["claim"] == "robustness"], sampling.Draws(digits, n_draws=50))
+    both = together.loc[alone.index, ["images_low", "images_high"]]
+    assert both.notna().all().all() and np.array_equal(both, alone[["images_low", "images_high"]])
+
+
+def test_a_study_that_cannot_be_read_is_named(tmp_path, caplog):
+    results = tmp_path / "results"
+    for name in ("digits", "old"):
+        shutil.copytree(records.results_root() / "digits", results / name)
+    (results / "old" / "samples.parquet").write_bytes(b"PAR1 and no more")
+    studies = findings.judged(runs=tmp_path / "runs", results=results)
+    assert [study.name for study in studies] == ["digits"] and "study old is left out" in caplog.text
+    assert "**Left out**: old, whose records cannot be read" in findings.overview(studies).text
+
+
+def test_tables_need_no_jinja2():
+    code = ("import sys; sys.modules['jinja2'] = None; from repspace import claims, findings; study = findings.judged('published')[0]; "
+            "print(claims.table(study.rows('accuracy'), 'accuracy')._repr_html_()[:6])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "<table", done.stderr

@@ -114,6 +114,7 @@ def breaking_point(model, x, y, grid, attack=fgsm, batch_size=None, known=None):
             known[0] = logits.argmax(1) != y
         for eps in [0, *grid]:
             left = breaks.isinf()
+            if not left.any(): break
             if eps in known:
                 breaks[left & known[eps]] = eps
                 continue

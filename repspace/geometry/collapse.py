@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..arrays import to_numpy
+from .. import stats
+from ..arrays import check_labels, to_numpy
 from .centers import class_means
+from .vectors import unit
 
 # %% ../../nbs/instruments/geometry/collapse.ipynb #fb4c63d0
 class NeuralCollapse(NamedTuple):
@@ -36,8 +38,8 @@ def _centered(rows, name):
 
 def _cosines(rows):
     "Cosines (K(K-1)/2,) of the pairs of `rows` (K, d)."
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.clip((unit @ unit.T)[np.triu_indices(len(rows), 1)], -1, 1)
+    rows = unit(rows)
+    return np.clip((rows @ rows.T)[np.triu_indices(len(rows), 1)], -1, 1)
 
 
 def _within(Z, y, means):
@@ -57,7 +59,8 @@ def neural_collapse(features, labels, weight):
     Papyan, Han and Donoho 2020. ValueError for a class without samples, or one whose mean or row
     is the mean of all, so that it has no direction.
     """
-    W, Z, y = to_numpy(weight, float), to_numpy(features, float), to_numpy(labels)
+    W, Z = to_numpy(weight, float), to_numpy(features, float)
+    y = check_labels(to_numpy(labels), len(Z), len(W))
     means = class_means(Z, y, len(W))
     M, W = _centered(means, "mean"), _centered(W, "row of weight")
     if M.shape != W.shape:
@@ -93,25 +96,22 @@ def center_stability(centers_by_run, permutations=1000, seed=0):
             raise ValueError(f"a center of run {i} is 0: it has no angle to the others")
     cosines = np.array([_cosines(centers) for centers in runs])
     difference = np.abs(cosines[:, None] - cosines).mean(2)
-    return CenterStability(_correlation(cosines, cosines), difference,
+    return CenterStability(_correlation(cosines[:, None], cosines), difference,
                            _chance(cosines, len(runs[0]), permutations, seed))
 
 
 def _correlation(a, b):
-    "Pearson's correlation of the rows of `a` with those of `b`; NaN for one without spread."
-    def standard(x):
-        x = x - x.mean(1, keepdims=True)
-        size = np.linalg.norm(x, axis=1, keepdims=True)
-        return x / np.where(size > 1e-9 * np.sqrt(x.shape[1]), size, np.nan)
-    return np.clip(standard(a) @ standard(b).T, -1, 1)
+    "Pearson's along the last axis; cosines that differ by 1e-9 or less are alike, so that it is NaN."
+    a, b = (np.where(x.std(-1, keepdims=True) > 1e-9, x, 0) for x in (a, b))
+    return stats.correlation(a, b)
 
 
 def _chance(cosines, K, permutations, seed):
-    rng, pairs, found = np.random.default_rng(seed), np.triu_indices(K, 1), []
+    rng, pairs, by_chance = np.random.default_rng(seed), np.triu_indices(K, 1), []
     for _ in range(permutations):
         i, j = rng.choice(len(cosines), 2, replace=False)
         gram, places = np.zeros((K, K)), rng.permutation(K)
         gram[pairs] = cosines[j]
         gram = (gram + gram.T)[places][:, places]
-        found.append(_correlation(cosines[[i]], gram[pairs][None])[0, 0])
-    return float(np.quantile(found, 0.95))
+        by_chance.append(_correlation(cosines[i], gram[pairs]))
+    return float(np.quantile(by_chance, 0.95))
