@@ -45,11 +45,14 @@ def _finite_logits(logits, few=False):
 _BLOCK = 2 ** 17   # numbers in a block
 
 
+def _slices(p):
+    step = max(1, _BLOCK // p.shape[1])
+    return [slice(start, start + step) for start in range(0, len(p), step)]
+
+
 def _blocks(p, from_logits=False):
     "(rows, block of probabilities) of `p` (N, K), with a ValueError where they are none."
-    step = max(1, _BLOCK // p.shape[1])
-    for start in range(0, len(p), step):
-        rows = slice(start, start + step)
+    for rows in _slices(p):
         block = p[rows]
         if from_logits: block = _softmax(block.astype(float), axis=1)
         if block.dtype not in (np.float32, np.float64): block = block.astype(float)
@@ -147,7 +150,7 @@ def classwise_calibration_error(probs, labels, n_bins=15, binning="width", *, fr
     p, y = _checked(probs, labels, from_logits)
     column = lambda k: p[:, k].astype(float)
     if from_logits:
-        total = np.concatenate([logsumexp(p[rows].astype(float), axis=1) for rows, _ in _blocks(p, True)])
+        total = np.concatenate([logsumexp(p[rows].astype(float), axis=1) for rows in _slices(p)])
         column = lambda k: np.exp(p[:, k] - total)
     else:
         for _ in _blocks(p): pass   # a check before the first class
@@ -173,13 +176,12 @@ def nll(probs, labels, *, from_logits=False):
     """Mean of -log p of the label, in nats; inf where a label has probability 0."""
     p, y = _checked(probs, labels, from_logits)
     own = np.empty(len(p))
-    for rows, block in _blocks(p, from_logits):
-        index = np.arange(len(block)), y[rows]
-        if from_logits:
-            s = p[rows].astype(float)
-            own[rows] = -logsumexp(s - s[index][:, None], axis=1)
-        else:
-            with np.errstate(divide="ignore"): own[rows] = np.log(block[index].astype(float))
+    exact = ((rows, p[rows].astype(float)) for rows in _slices(p))
+    for rows, block in exact if from_logits else _blocks(p):
+        values = block[np.arange(len(block)), y[rows]]
+        with np.errstate(divide="ignore"):
+            own[rows] = (-logsumexp(block - values[:, None], axis=1) if from_logits
+                         else np.log(values.astype(float)))
     return float(0 - own.mean())
 
 

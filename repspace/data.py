@@ -7,7 +7,7 @@ __all__ = ['Split', 'Dataset', 'as_float', 'check_split', 'channel_statistics', 
            'crop', 'augmented', 'batch_count', 'batches', 'chunk_size', 'AUGMENTATIONS']
 
 # %% ../nbs/instruments/data.ipynb #26031b0d
-import os
+import os, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ class Dataset(NamedTuple):
 
     def to(self, device):
         """The same data set with its tensors on `device`."""
-        return self._replace(train=Split(*(t.to(device) for t in self.train)),
-                             test=Split(*(t.to(device) for t in self.test)))
+        return self._replace(train=Split(*(torch.as_tensor(t).to(device) for t in self.train)),
+                             test=Split(*(torch.as_tensor(t).to(device) for t in self.test)))
 
 # %% ../nbs/instruments/data.ipynb #16753a1c
 def as_float(images):
@@ -52,7 +52,7 @@ def as_float(images):
         raise ValueError(f"images must be uint8 or float, but they are {images.dtype}")
     return images.float()
 
-# %% ../nbs/instruments/data.ipynb #999b8439
+# %% ../nbs/instruments/data.ipynb #4e1fefc8
 def check_split(split, num_classes=None, name="the split"):
     """`split` with labels as int64; `ValueError` where its images or labels are not what they must be."""
     images = split.images
@@ -126,7 +126,7 @@ def _cifar(name, root, download):
                          "(argument root, or environment variable REPSPACE_DATA)") from error
     return _cifar_split(train), _cifar_split(test), tuple(train.classes)
 
-# %% ../nbs/instruments/data.ipynb #5da7bed6
+# %% ../nbs/instruments/data.ipynb #3e9013bc
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 def _shown(paths):
@@ -152,42 +152,46 @@ def _image_files(folder):
         folders[:] = [path.name for path in _shown(map(Path, folders))]
         paths += [Path(place, name) for name in names if not name.startswith(".")]
     images = sorted(path for path in paths if path.suffix.lower() in _SUFFIXES)
-    other = [path for path in sorted(paths) if path not in images and path.suffix.lower() in known]
+    other = sorted(path for path in paths if path.suffix.lower() in set(known) - set(_SUFFIXES))
     if other or not images:
         why = f"{other[0]} is of a format that is not read here" if other else f"{folder} has no images"
         raise ValueError(f"{why}; allowed are {', '.join(_SUFFIXES)}")
     return images
 
-# %% ../nbs/instruments/data.ipynb #881a21c5
-def _pixels(image):
-    """The open Pillow `image` as bytes (3, H, W); `ValueError` where RGB would not hold it all."""
-    deep = any("16" in str(part) or "32" in str(part) for tile in image.tile
-               for part in (tile[3] if isinstance(tile[3], tuple) else (tile[3],)))
-    if deep or image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits per value: scale it to 8 bits first")
+# %% ../nbs/instruments/data.ipynb #b5b3995e
+def _deep(image):
+    """Whether the file of the open Pillow `image` has more than 8 bits per value."""
+    if image.mode[0] in "IF": return True
+    for decoder, *_, settings in image.tile:   # which Pillow scales to 8 bits without a word
+        settings = settings if isinstance(settings, tuple) else (settings,)
+        if re.search(";(16[BLN]|32)", str(settings[:1])): return True
+        if decoder.startswith("ppm") and settings[-1] > 255: return True
+    return False
+
+def _objection(image):
+    """What of the open Pillow `image` three times 8 bits would not hold, in words, or None."""
+    if _deep(image): return "it has more than 8 bits per value: scale it to 8 bits first"
     if getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"it holds {image.n_frames} pictures: save them one by one")
+        return f"it holds {image.n_frames} pictures: save them one by one"
     if image.mode not in ("1", "L", "P", "RGB", "LA", "PA", "RGBA"):
-        raise ValueError(f"its mode is {image.mode}, not RGB: convert it first")
+        return f"its mode is {image.mode}, not RGB: convert it first"
     if "A" in image.mode or "transparency" in image.info:
         if image.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError("it is transparent in places: put a background behind it first")
-    return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"))).permute(2, 0, 1)
+            return "it is transparent in places: put a background behind it first"
 
 def _read_image(path):
     """The image at `path` as bytes (3, H, W); `ValueError` that names it where that cannot be."""
     try:
         with Image.open(path) as image:
-            image.load()
+            why = _objection(image)
+            pixels = None if why else np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         what = "cannot be read" if getattr(error, "errno", None) else "is damaged or no image"
         raise ValueError(f"{path} {what} ({error}): replace it or take it away") from error
-    try:
-        with Image.open(path) as image: return _pixels(image)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    if why: raise ValueError(f"{path}: {why}")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
-# %% ../nbs/instruments/data.ipynb #8c454402
+# %% ../nbs/instruments/data.ipynb #d36dad81
 def _folder_split(folder):
     """The images below `folder` as a Split of bytes, and the classes' names."""
     folders, images, labels = _class_folders(folder), [], []
@@ -247,7 +251,7 @@ def _checked(name, dataset):
                          f"for each channel, but they are {sizes}, {dataset.mean} and {dataset.std}")
     return dataset._replace(train=train, test=test)
 
-# %% ../nbs/instruments/data.ipynb #ab2d2287
+# %% ../nbs/instruments/data.ipynb #1c27e617
 def register(name, load, *, words=None, **row):
     """Add the data set `name`: load(root=None, download=True, seed=0) → a Dataset.
 

@@ -432,6 +432,88 @@ def test_cross_fitting_judges_no_sample_by_itself():
     assert (before.probs[two] != after.probs[two]).all()
 
 
+# --- logits or probabilities ----------------------------------------------------------------------
+
+MEASURES = (expected_calibration_error, classwise_calibration_error, brier, nll, confidence_gap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n, classes", [(2, 2), (3, 10), (500, 2), (500, 100)])
+def test_probabilities_are_not_taken_for_logits(dtype, n, classes):
+    logits = 3 * torch.randn(n, classes, generator=torch.Generator().manual_seed(classes))
+    y = torch.arange(n) % classes
+    probs = logits.softmax(1).to(dtype)
+    if n >= 8 or dtype in (torch.float64, torch.float32):
+        with pytest.raises(ValueError, match="look like probabilities"): TemperatureScaling().fit(probs, y)
+        with pytest.raises(ValueError, match="look like probabilities"): FeatureScaling().fit(probs, None, y)
+    if n >= 8:
+        with pytest.raises(ValueError, match="look like probabilities"): cross_fit(TemperatureScaling, probs, y)
+        with pytest.raises(ValueError, match="look like probabilities"): TemperatureScaling().fit(1000 * logits, y).apply(probs)
+        for measure in MEASURES:
+            with pytest.raises(ValueError, match="look like probabilities"): measure(probs, y, from_logits=True)
+        certain = (1e6 * logits).softmax(1).to(dtype)                # one-hot, to the last row
+        with pytest.raises(ValueError, match="look like probabilities"): TemperatureScaling().fit(certain, y)
+
+
+def test_logits_are_not_taken_for_probabilities():
+    """Among them: rows that sum to 1, none below 0, and log-probabilities; and one image at a time."""
+    rng = np.random.default_rng(0)
+    y = np.arange(400) % 3
+    s = rng.normal(size=(400, 3))
+    for logits in (s, np.log(softmax(s)), s - s.mean(1, keepdims=True) + 1 / 3, np.maximum(s, 0), np.abs(s),
+                   softmax(s) * 1.1, softmax(s) - 0.01, np.r_[softmax(s[:399]), [[2.0, 1, 0]]], np.eye(3)[y] * 2):
+        TemperatureScaling().fit(logits, y)
+        nll(logits, y, from_logits=True)
+    scaler = TemperatureScaling().fit(3 * s, y)
+    for row in np.r_[softmax(s[:50]), np.eye(3)]: scaler.apply(row[None])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_measures_from_logits_are_those_of_their_softmax(dtype):
+    rng = np.random.default_rng(1)
+    for classes in (2, 7, 50):
+        s = (4 * rng.normal(size=(300, classes)) + 20).astype(dtype)
+        y, p = np.arange(300, dtype=np.uint8) % classes, softmax(s.astype(float))
+        for measure in MEASURES:
+            assert measure(s, y, from_logits=True) == pytest.approx(measure(p, y), abs=1e-12)
+            assert measure(torch.tensor(s), torch.tensor(y), from_logits=True) == pytest.approx(measure(p, y), abs=1e-12)
+        assert calibration_floor(s, from_logits=True) == pytest.approx(calibration_floor(p))
+        pd_equal = reliability(s, y, from_logits=True).fillna(0) - reliability(p, y).fillna(0)
+        assert np.abs(pd_equal.to_numpy()).max() < 1e-12
+
+
+def test_from_logits_nothing_over_or_underflows():
+    far = np.array([[0.0, 800.0, 0.0]] * 8)
+    for logits in (far, far.astype(np.float16), torch.tensor(far).bfloat16(), far * 1e300):
+        exact = float(np.asarray(logits.double() if torch.is_tensor(logits) else logits, float)[0, 1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert nll(logits, np.zeros(8, int), from_logits=True) == pytest.approx(exact, rel=1e-6)
+            assert brier(logits, np.zeros(8, int), from_logits=True) == 2
+    sure = np.array([[0, 50.0]] * 8, np.float32)
+    assert nll(sure, np.ones(8, int), from_logits=True) == pytest.approx(np.log1p(np.exp(-50.0)), rel=1e-6)
+    assert brier(sure, np.ones(8, int), from_logits=True) == pytest.approx(2 * np.exp(-100.0), rel=1e-6)
+    assert nll(softmax(sure), np.ones(8, int)) == 0                      # which float32's own softmax cannot say
+
+
+def test_without_bias_none_will_do():
+    rng = np.random.default_rng(0)
+    s, y = 3 * rng.normal(size=(200, 4)), np.arange(200) % 4
+    fits = [FeatureScaling().fit(s, b, y) for b in (None, np.zeros(4))]
+    assert fits[0].scale == fits[1].scale
+    assert (fits[0].apply(s, None) == fits[1].apply(s, np.zeros(4))).all()
+    assert (cross_fit(FeatureScaling, s, y).probs == cross_fit(FeatureScaling, s, y, np.zeros(4)).probs).all()
+
+
+def test_the_binned_error_of_a_bootstrap_is_that_of_its_rows():
+    p, y = predictions(300, 5)
+    confidence, hits = p.max(1), p.argmax(1) == y
+    counts = np.random.default_rng(0).multinomial(300, np.full(300, 1 / 300), 20)
+    for weights, error in zip(counts, calibration.binned_error(confidence, hits, weights=counts)):
+        rows = np.repeat(np.arange(300), weights)
+        assert error == pytest.approx(expected_calibration_error(p[rows], y[rows]), abs=1e-12)
+
+
 # --- cost -----------------------------------------------------------------------------------------
 
 def test_no_copy_of_the_probabilities():

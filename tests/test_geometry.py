@@ -244,6 +244,79 @@ def test_the_soft_minimum_is_what_a_general_solver_finds(K, d):
         np.testing.assert_allclose(theirs, z, atol=1e-3)
 
 
+def gradient(W, b, z, t):
+    return (softmax(z @ W.T + b, axis=1) - t) @ (W - W.mean(0)) / np.abs(W - W.mean(0)).max()
+
+
+def test_the_soft_minimum_of_a_head_of_pytorch():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 100).double()
+    t = geometry.smooth_targets(100, 0.05)
+    z = geometry.soft_minimum(linear.weight, linear.bias, t).numpy()
+    W, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
+    assert np.abs(gradient(W, b, z, t)).max() < 1e-10
+    single = geometry.soft_minimum(linear.weight.float(), linear.bias.float(), torch.tensor(t).float())
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(np.linalg.norm(single, axis=1), np.linalg.norm(z, axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1e-3, 0.1, 0.9])
+@pytest.mark.parametrize("kind", ["plain", "large biases", "sizes", "twice", "thin", "whole numbers", "relu"])
+def test_the_soft_minimum_of_heads_that_are_hard(kind, strength):
+    """A certificate of its own: weights π near p with Uᵀπ = Uᵀt prove a lower bound of the loss."""
+    rng = np.random.default_rng(5)
+    for K, d in ((5, 2), (12, 3), (40, 30), (7, 1)):
+        W, b = rng.normal(size=(K, d)), rng.normal(size=K)
+        if kind == "large biases": b *= 1000
+        if kind == "sizes": W *= 10**rng.uniform(-3, 1, size=(K, 1))
+        if kind == "twice": W[rng.integers(K, size=K // 2)] = W[0]
+        if kind == "thin": W = W * 10.0**-np.arange(d).clip(0, 6)
+        if kind == "whole numbers": W, b = np.round(2 * W), np.round(5 * b)
+        if kind == "relu": W = np.maximum(W, 0)
+        t = geometry.smooth_targets(K, strength)[:3]
+        z = geometry.soft_minimum(W, b, t)
+        np.testing.assert_allclose(z @ geometry.span_projector(W), z, atol=1e-8 * np.abs(z).max())
+        for point, target in zip(z, t):
+            U, c = geometry.span_svd(W)[0], W @ point + b
+            p, k = softmax(c), softmax(c).argmax()
+            rows = U - U[k]
+            A = np.cov(rows.T, aweights=p, ddof=0).reshape(U.shape[1], -1)
+            v = (rows - p @ rows) @ np.linalg.lstsq(A, (target - p) @ rows, rcond=1e-15)[0]
+            # what the minimum's probabilities still differ by; large biases leave fewer digits in W z + b
+            assert (p * v * v).sum() < (1e-3 if kind == "large biases" else 1e-8) * target.min(), (K, d)
+
+
+def test_the_soft_minimum_in_forty_digits():
+    mp = pytest.importorskip("mpmath")
+    W, b = head(5, 2, seed=4)
+    for strength in (1e-6, 0.1):
+        t = geometry.smooth_targets(5, strength)[0]
+        z = geometry.soft_minimum(W, b, t)[0]
+        with mp.workdps(40):
+            V, beta, target = mp.matrix(W.tolist()), mp.matrix(b.tolist()), mp.matrix(t.tolist())
+
+            def slope(x, y):
+                s = [mp.exp(V[j, 0] * x + V[j, 1] * y + beta[j]) for j in range(5)]
+                off = [e / mp.fsum(s) - target[j] / mp.fsum(target) for j, e in enumerate(s)]
+                return [mp.fsum(off[j] * V[j, i] for j in range(5)) for i in (0, 1)]
+
+            exact = mp.findroot(slope, tuple(z.tolist()), tol=1e-60)
+        np.testing.assert_allclose(z, [float(exact[0]), float(exact[1])], rtol=1e-9)
+
+
+def test_biases_that_weights_can_undo_cost_no_digits():
+    W, b = head(4, 9)
+    z = geometry.soft_minimum(W, b + 1e6 * W @ np.ones(9), geometry.smooth_targets(4, 0.1))
+    plain = geometry.soft_minimum(W, b, geometry.smooth_targets(4, 0.1))
+    np.testing.assert_allclose(z + 1e6 * geometry.span_projector(W) @ np.ones(9), plain, atol=1e-7)
+
+
+def test_what_rounding_leaves_open_is_refused():
+    W, b = head(5, 2)
+    with pytest.raises(ValueError, match="no certified minimum for target 0"):
+        geometry.soft_minimum(W, 1e200 * b, geometry.smooth_targets(5, 0.1))
+
+
 def test_relu_features_reach_the_soft_minimum_exactly_where_it_says_so():
     found = []
     for seed in range(5):
@@ -390,3 +463,54 @@ def test_free_features_under_weight_decay_collapse():
     (Z, W, _), (Z0, W0, _) = split(end), split(start)
     before, after = geometry.neural_collapse(Z0, y, W0), geometry.neural_collapse(Z, y, W)
     assert min(before) > 0.05 and max(after) < 1e-3, (before, after)
+
+
+# What comes in
+
+def test_a_head_without_bias_has_biases_of_zero():
+    W, _ = head(5, 8)
+    rng = np.random.default_rng(0)
+    Z, zero = np.maximum(rng.normal(size=(50, 8)), 0), np.zeros(5)
+    moved, y = Z + rng.normal(size=Z.shape), rng.integers(5, size=50)
+    s, t = Z @ W.T, geometry.smooth_targets(5, 0.1)
+    centers = geometry.class_centers(W, zero, 2.0).centers
+    for ask in (lambda b: geometry.class_centers(W, b, 2.0), lambda b: geometry.soft_minimum(W, b, t),
+                lambda b: geometry.ray_interval(W, b, Z), lambda b: geometry.cone_degree(W, b, Z),
+                lambda b: geometry.first_misclassified_step(W, b, Z, 9), lambda b: geometry.loss_gradient(W, b, Z, y),
+                lambda b: geometry.plane(W, b, *centers[:2], 3.0, 5), lambda b: geometry.three_factors(W, b, Z, moved, y),
+                lambda b: geometry.center_correlation(W, b, Z, centers), lambda b: geometry.span_vectors(W, b, s),
+                lambda b: geometry.span_norms(W, b, s), lambda b: geometry.span_cosines(W, b, s, centers),
+                lambda b: geometry.three_factors_from_logits(W, b, s, moved @ W.T, y, *np.ones((2, 50))),
+                lambda b: list(geometry.center_kinds(W, b, 2.0, geometry.class_means(Z, np.arange(50) % 5, 5)).values())):
+        without, with_zeros = (result if isinstance(result, (tuple, list)) else [result] for result in (ask(None), ask(zero)))
+        for part, other in zip(without, with_zeros): np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(6), np.eye(6), np.full(6, True), np.full(6, 9), np.zeros(5, int)],
+                         ids=["floats", "one-hot", "booleans", "too large", "too few"])
+def test_what_are_no_labels_is_said(labels):
+    W, b = head(4, 3)
+    Z = np.random.default_rng(0).normal(size=(6, 3))
+    for ask in (lambda: geometry.class_means(Z, labels, 4), lambda: geometry.neural_collapse(Z, labels, W),
+                lambda: geometry.alignment(Z, W, labels), lambda: geometry.loss_gradient(W, b, Z, labels),
+                lambda: geometry.three_factors(W, b, Z, -Z, labels), lambda: geometry.tied(Z, labels)):
+        for kind in (np.asarray, torch.as_tensor):
+            labels = kind(labels)
+            with pytest.raises(ValueError, match="labels must"): ask()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_precision_comes_back_as_itself(dtype):
+    W, b = (torch.tensor(x).to(dtype) for x in head(4, 6))
+    Z, y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(40, dtype=torch.int32) % 4
+    wide = [x.double().numpy() for x in (W, b, Z)]
+    pairs = [(f(W, b, Z), f(*wide)) for f in (
+        lambda W, b, Z: geometry.class_centers(W, b, 2.0).centers, lambda W, b, Z: geometry.ray_interval(W, b, Z).lo,
+        lambda W, b, Z: geometry.rms(Z), lambda W, b, Z: geometry.alignment(Z, W, y),
+        lambda W, b, Z: geometry.soft_minimum(W, b, geometry.smooth_targets(4, 0.1)),
+        lambda W, b, Z: geometry.loss_gradient(W, b, Z, y), lambda W, b, Z: geometry.three_factors(W, b, Z, -Z, y).laterality,
+        lambda W, b, Z: geometry.class_means(Z, y, 4), lambda W, b, Z: geometry.displacement(Z, 2 * Z).norm)]
+    for narrow, exact in pairs:
+        assert narrow.dtype == dtype
+        np.testing.assert_allclose(narrow.double(), exact, rtol=2e-2, atol=2e-2)
+    assert geometry.cone_degree(W, b, Z) == geometry.cone_degree(*wide)

@@ -12,7 +12,7 @@ import scipy.special
 import scipy.stats
 import torch
 
-from repspace import measure, records, regularize, train, vocabulary
+from repspace import attacks, measure, records, regularize, train, vocabulary
 from repspace.data import load
 from repspace.measure import Context, Values, gather, groups
 from repspace.vocabulary import Recipe
@@ -259,10 +259,8 @@ def test_nets_of_any_precision_are_measured(pair, digits, measured, dtype, off):
 def registry(monkeypatch):
     """Tables of one's own for the length of a test."""
     monkeypatch.setattr(measure, "REGISTERED", {})
-    monkeypatch.setattr(gather, "REGISTERED", {})
-    table = vocabulary.Table("attack", vocabulary.ATTACKS.values())
-    monkeypatch.setattr(gather, "ATTACKS", table)
-    return table
+    monkeypatch.setattr(attacks, "REGISTERED", {})
+    monkeypatch.setattr(vocabulary, "ATTACKS", vocabulary.Table("attack", vocabulary.ATTACKS.values()))
 
 
 def longest(seen, context):
@@ -306,7 +304,8 @@ def test_only_a_function_that_can_be_found_is_registered(registry, group):
 
 
 def brighter(model, x, y, eps): return (x + eps).clamp(0, 1)
-def by_chance(model, x, y, eps, generator):
+def darker(model, x, y, eps): return (x - eps).clamp(0, 1)
+def by_chance(model, x, y, eps, generator=None):
     return (x + eps * (2 * torch.rand(x.shape, generator=generator) - 1)).clamp(0, 1)
 def farther(model, x, y, eps): return (x + 2 * eps).clamp(0, 1)
 def out_of_range(model, x, y, eps): return x - eps
@@ -314,12 +313,13 @@ def nothing(model, x, y, eps): return None
 
 
 def test_a_registered_attack_is_run_beside_the_others_and_changes_none(pair, digits, registry, measured):
-    for name, attack in (("brighter", brighter), ("by-chance", by_chance)):
-        registry.add(vocabulary.AttackRow(name, name, "gradient"))
-        gather.REGISTERED[name] = attack
+    attacks.register("brighter", brighter)
+    attacks.register("by_chance", by_chance)
+    attacks.register("darker", darker, role="control")
     one, two = (measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW) for _ in range(2))
     assert one.scalars == two.scalars and one.samples.equals(two.samples)
-    assert 0 <= one.scalars["success_brighter"] < one.scalars["success_pgd"] and "by-chance" in one.curves
+    assert 0 <= one.scalars["success_brighter"] < one.scalars["success_pgd"] and "by_chance" in one.curves
+    assert "success_darker" not in one.scalars and "breaks_darker" not in one.samples and one.scalars["rho_darker"] > 0
     assert set(one.samples["breaks_brighter"][:60]) <= {0, *FEW.grid, math.inf}
     assert {name: one.scalars[name] for name in measured.scalars} == measured.scalars
     assert one.samples[list(measured.samples)].equals(measured.samples)
@@ -329,8 +329,7 @@ def test_a_registered_attack_is_run_beside_the_others_and_changes_none(pair, dig
     (farther, "attack mine at eps .* moved a pixel by 0.125"), (out_of_range, "gave images in -0.06"),
     (nothing, "must give images of shape .*NoneType")])
 def test_an_attack_that_leaves_the_ball_is_named(pair, digits, registry, attack, message):
-    registry.add(vocabulary.AttackRow("mine", "mine", "gradient"))
-    gather.REGISTERED["mine"] = attack
+    attacks.register("mine", attack)
     with pytest.raises(ValueError, match=message):
         measure.run(*pair, digits, regularize.get("none"), 0, FEW)
 
@@ -342,3 +341,17 @@ def test_what_is_not_of_one_run_is_refused(measured, tmp_path):
         measure.from_record(loaded.runs.iloc[0], loaded.samples.iloc[::-1], arrays)
     with pytest.raises(AttributeError, match="does not hold 'train'"):
         groups.fitted(*measure.from_record(loaded.runs.iloc[0], loaded.samples, arrays))
+
+
+def test_nothing_is_asked_where_every_image_is_broken(pair, digits, registry):
+    """A grid whose later limits have no survivors, and images that were all wrong at first."""
+    attacks.register("brighter", brighter)
+    wide = FEW._replace(grid=(16, 128, 200, 255), attack_images=20)
+    one = measure.run(*pair, digits, regularize.get("none"), 0, wide)
+    assert one.curves["pgd"]["robust_accuracy"][-2:] == [0, 0]
+    wrong = digits._replace(test=digits.test._replace(labels=(digits.test.labels + 1) % 10))
+    seen = gather.look(pair[1], wrong)
+    hopeless = torch.as_tensor(seen.predictions != seen.labels)
+    wrong = wrong._replace(test=type(wrong.test)(wrong.test.images[hopeless], wrong.test.labels[hopeless]))
+    none = measure.run(pair[1], pair[1], wrong, regularize.get("none"), 0, FEW)
+    assert none.scalars["accuracy"] == 0 and none.scalars["success_pgd"] is None

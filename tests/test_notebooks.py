@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 INSTRUMENTS = [p for p in NOTEBOOKS if "instruments" in p.parts]
-FINDINGS = [p for p in NOTEBOOKS if p.parent.name == "findings" or p.name == "index.ipynb"]
+FINDINGS = [p for p in NOTEBOOKS if p.parent.name == "findings" or p == ROOT / "nbs/index.ipynb"]
 
 
 def name(path):

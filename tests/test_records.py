@@ -1,6 +1,11 @@
 """Faults that a record must survive: killed writers, damaged files, and results of mixed origin."""
+import copy
+import errno
 import json
 import logging
+import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +18,7 @@ from safetensors.numpy import save_file
 from scipy.special import softmax
 
 from repspace import records
-from repspace.records import compact
+from repspace.records import compact, files
 
 CONDITION = "digits.tiny-cnn.none"
 
@@ -323,3 +328,217 @@ def test_records_are_found_from_a_folder_below(place, monkeypatch):
 def test_names_cannot_lead_out_of_the_folder(name):
     with pytest.raises(ValueError, match="no name for a folder"):
         records.run_folder(name, CONDITION, 0)
+
+
+# ---- what was loaded knows where from ----
+
+def test_what_was_loaded_reads_arrays_from_its_own_folders(place, tmp_path_factory, monkeypatch):
+    records.publish("s")
+    for seed in range(3):
+        records.set_aside(folder(place, seed)) if seed == 2 else None
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    recorded = records.load("s", runs="runs", results="results")
+    monkeypatch.chdir(elsewhere)
+    assert recorded.runs.source.tolist() == ["fresh", "fresh", "published"]
+    for same in (recorded, recorded._replace(samples=recorded.samples[:3]), copy.copy(recorded),
+                 pickle.loads(pickle.dumps(recorded))):
+        for seed, source in enumerate(recorded.runs.source):
+            expected = records.arrays("s", CONDITION, seed, source, place / "runs", place / "results")
+            got = same.arrays(CONDITION, seed)
+            assert list(got) == list(expected)
+            for name in got:
+                np.testing.assert_array_equal(got[name], expected[name])
+    with pytest.raises(ValueError, match="no published record|no records of study"):
+        records.arrays("s", CONDITION, 2)
+
+
+def test_a_run_that_was_loaded_fresh_is_never_answered_by_the_published_one(place):
+    records.publish("s")
+    recorded = records.load("s")
+    (folder(place, 1) / "logits.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="1/logits.safetensors is damaged"):
+        recorded.arrays(CONDITION, 1)
+    assert len(records.arrays("s", CONDITION, 1)["clean"]) == 10, "asked for whichever is there"
+
+
+def test_records_made_by_hand_know_no_folder(place):
+    recorded = records.load("s")
+    by_hand = records.Records(recorded.runs, recorded.samples)
+    assert by_hand.folders is None and tuple(by_hand) == tuple(recorded)
+    with pytest.raises(ValueError, match="know no folder"):
+        by_hand.arrays(CONDITION, 0)
+    with pytest.raises(ValueError, match="0 runs of .* seed 7"):
+        recorded.arrays(CONDITION, 7)
+    twice = recorded._replace(runs=pd.concat([recorded.runs, recorded.runs]))
+    with pytest.raises(ValueError, match="2 runs of"):
+        twice.arrays(CONDITION, 0)
+
+
+def test_a_published_file_is_read_once_and_stays_as_it_was_loaded(place, monkeypatch):
+    root, opened = records.publish("s"), []
+    read = files.read_file
+    monkeypatch.setattr(files, "read_file", lambda path, parse: (opened.append(path.name), read(path, parse))[1])
+    recorded = records.load("s", "published")
+    first = [recorded.arrays(CONDITION, seed) for seed in range(3)]
+    shutil.rmtree(root)
+    again = [recorded.arrays(CONDITION, seed) for seed in range(3)]
+    assert sorted(opened) == ["heads.npz", "logits.npz", "runs.jsonl", "samples.parquet"]
+    for one, other in zip(first, again):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+# ---- whose folder ----
+
+def test_a_folder_of_somebody_else_hides_nothing(place, tmp_path_factory, monkeypatch):
+    package = [root for root in records.places.results_places() if root != place / "results"]
+    deep = place / "nbs" / "deep"
+    (deep / "results" / "figures").mkdir(parents=True)
+    (deep / "results" / "mine.csv").write_text("a,b")
+    (deep / "runs" / "Nov25_10-00-00").mkdir(parents=True)
+    (deep / "runs" / "Nov25_10-00-00" / "events.out.tfevents").write_bytes(b"")
+    monkeypatch.chdir(deep)
+    assert records.runs_root() == place / "runs"
+    assert records.places.results_places() == [place / "results", *package]
+    assert len(records.load("s").runs) == 3
+    if package:
+        assert "digits" in records.studies("published") and len(records.load("digits", "published").runs)
+    assert records.publish("s") == place / "results" / "s"
+    assert records.studies() == sorted({"s", *records.studies("published", results=package)})
+
+
+def test_an_empty_folder_hides_no_records_above_it(place, monkeypatch):
+    for name in ("runs", "results"):
+        (place / "deep" / name).mkdir(parents=True)
+    monkeypatch.chdir(place / "deep")
+    assert records.runs_root() == place / "runs" and len(records.load("s").runs) == 3
+
+
+def test_a_study_is_that_of_the_first_place_that_has_it(place, monkeypatch):
+    records.publish("s")
+    for seed in range(1, 3):
+        records.set_aside(folder(place, seed))
+    near = records.publish("s", results=place / "deep" / "results")
+    assert len(records.Folders(results=[place / "results", place / "deep" / "results"]).published("s").runs) == 3
+    monkeypatch.chdir(near.parents[1])
+    assert len(records.load("s", "published").runs) == 1
+
+
+# ---- one bad record stops no other ----
+
+BAD = [{"scalars": [1]}, {"scalars": {"accuracy": "high"}}, {"scalars": {"accuracy": [0.9]}}, {"feature_dim": "two"},
+       {"test_images": 1.5}, {"seconds": 3}, {"seconds": {"train": "long"}}, {"provenance": "git"}, {"settings": [1]},
+       {"identity": None}, {"identity": 5}, {"condition": ["a"]}, {"seed": "0"}, {"study": None}, {"recipe": "fast"}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_a_record_that_no_table_can_hold_is_named_and_left_out(place, bad, caplog):
+    records.publish("s")
+    file, lines = folder(place, 1) / "run.json", place / "results" / "s" / "runs.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | bad))
+    text = lines.read_text().splitlines()
+    lines.write_text("\n".join([text[0], json.dumps(json.loads(text[1]) | bad), text[2]]))
+    for source, where in (("fresh", file), ("published", f"{lines} is damaged or missing: line 2")):
+        caplog.clear()
+        assert records.load("s", source).runs.seed.tolist() == [0, 2]
+        assert str(where) in caplog.text and caplog.text.count("left out") == 1
+    assert records.studies() == sorted({"s", *records.studies("published")})
+    assert len(records.published_identities("s")) == 2
+    before = {p: p.read_bytes() for p in lines.parent.iterdir()}
+    with pytest.raises(ValueError, match="damaged"):
+        records.publish("s", place / "none")
+    assert {p: p.read_bytes() for p in lines.parent.iterdir()} == before
+    with pytest.raises(ValueError):
+        records.write(folder(place, 9), made_up(9)[0] | bad, *made_up(9)[1:])
+    assert not folder(place, 9).exists()
+
+
+def test_a_run_of_what_was_added_from_outside_is_loaded_like_any_other(place):
+    added = dict(data="my-data", model="my-net", regularizer="my-own:3+mixup:1.0", recipe={"my": {"deep": [1]}},
+                 measures="mine", feature_dim=7)
+    condition = "my-data.my-net.my-own-3"
+    records.write(folder(place, 0, condition), *made_up(0, condition, **added))
+    records.publish("s")
+    for source in ("fresh", "published"):
+        recorded = records.load("s", source)
+        row = recorded.runs.set_index("condition").loc[condition]
+        assert (row.data, row.model, row.regularizer) == ("my-data", "my-net", added["regularizer"])
+        assert row.feature_dim == 7 and row.recipe == added["recipe"]
+        assert len(recorded.arrays(condition, 0)["labels"])
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "samples.parquet"])
+def test_damaged_published_files_are_said_and_stop_no_fresh_record(place, name, caplog):
+    root = records.publish("s")
+    records.set_aside(folder(place, 2))
+    (root / name).write_bytes(b"{")
+    assert records.load("s").runs.seed.tolist() == [0, 1] and f"{root / name} is damaged" in caplog.text
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        records.load("s", "published")
+    (root / name).unlink()
+    assert "s" in records.studies("published")
+    with pytest.raises(ValueError, match=f"{name} is damaged or missing"):
+        records.load("s", "published")
+
+
+def test_a_published_run_without_rows_or_said_twice_is_named(place, caplog):
+    root = records.publish("s")
+    lines = (root / "runs.jsonl").read_text().splitlines()
+    extra = json.dumps(json.loads(lines[0]) | {"seed": 5})
+    (root / "runs.jsonl").write_text("\n".join([*lines, lines[1], extra]))
+    assert records.load("s", "published").runs.seed.tolist() == [0, 1, 2]
+    assert "line 4" in caplog.text and "stands twice" in caplog.text and f"no rows of ('{CONDITION}', 5)" in caplog.text
+    with pytest.raises(ValueError, match="logits.npz .* no arrays of .* seed 5"):
+        records.arrays("s", CONDITION, 5, "published")
+
+
+def test_a_record_in_the_place_of_another_is_named_and_left_out(place, caplog):
+    shutil.copytree(folder(place, 0), folder(place, 4))
+    shutil.copytree(folder(place, 0), folder(place, 0, "another.condition"))
+    assert records.load("s").runs.seed.tolist() == [0, 1, 2]
+    assert str(folder(place, 4)) in caplog.text and "another.condition" in caplog.text
+    with pytest.raises(ValueError, match="it is the record of"):
+        records.publish("s")
+
+
+def test_a_run_copied_into_another_study_belongs_to_that(place):
+    shutil.copytree(folder(place, 0), records.run_folder("t", CONDITION, 0, place / "runs"))
+    shutil.rmtree(place / "runs" / "s")
+    recorded = records.load("t")
+    assert recorded.runs.study.tolist() == ["t"] and len(recorded.arrays(CONDITION, 0)["clean"]) == 40
+
+
+def test_an_unreadable_failure_mark_does_not_hide_the_others(place):
+    records.mark_failed(folder(place, 7), "the loss became nan")
+    folder(place, 8).with_name("8.failed.json").write_text("{")
+    reasons = records.failed("s").reason.tolist()
+    assert reasons[0] == "the loss became nan" and "8.failed.json is damaged" in reasons[1]
+
+
+# ---- what is no damage ----
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ENOMEM])
+def test_an_error_that_says_nothing_about_the_file_is_not_damage(place, code, monkeypatch):
+    def fail(path, *_, **__):
+        raise OSError(code, os.strerror(code), str(path))
+    for target in ("open", "pd.read_parquet"):
+        with monkeypatch.context() as patch:
+            if target == "open": patch.setattr(files, "open", fail, raising=False)
+            else: patch.setattr(files.pd, "read_parquet", fail)
+            with pytest.raises(OSError) as error:
+                records.check(folder(place, 0))
+            assert error.value.errno == code and not isinstance(error.value, ValueError)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", fail, raising=False)
+        with pytest.raises(OSError):
+            records.set_aside(folder(place, 0))
+    assert len(records.load("s").runs) == 3
+
+
+def test_no_memory_is_not_damage(place, monkeypatch):
+    def fail(*_, **__):
+        raise files.pa.ArrowMemoryError("malloc of size 64 failed")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.pd, "read_parquet", fail)
+        with pytest.raises(MemoryError):
+            records.load("s")

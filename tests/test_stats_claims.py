@@ -85,6 +85,20 @@ def test_a_constant_row_beside_others_changes_nothing_but_the_count():
     assert (constant.low, constant.high) == (-5, -5) and other.level == alone.level == 0.95
 
 
+def test_one_correlation_for_rows_counts_and_edges():
+    from scipy.stats import pearsonr
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(2, 6, 50))
+    assert np.allclose(stats.correlation(x, y), [pearsonr(a, b)[0] for a, b in zip(x, y)], atol=1e-14)
+    counts = stats.bootstrap_counts(50, 30)
+    for r, n in zip(stats.correlation(x[0], y[0], counts), counts.astype(int)):
+        assert np.isclose(r, pearsonr(np.repeat(x[0], n), np.repeat(y[0], n))[0], atol=1e-12)
+    assert stats.correlation(1e8 + x[0], x[0]) == pytest.approx(1, abs=1e-12)
+    assert np.isnan(stats.correlation(np.ones(50), y[0])) and np.isnan(stats.correlation(x[0], y[0], np.eye(50)[0]))
+    assert stats.correlation(1e-9 * x[0] + 1, x[0]) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 0"): stats.correlation(x[0], y[0], -counts)
+
+
 def constructed(targets, n_seeds=10, data="digits"):
     """Made-up records of one net in which each Measure of `targets` has the effect that stands there."""
     draw, rows, images = np.random.default_rng(0), [], []

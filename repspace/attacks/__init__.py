@@ -114,6 +114,7 @@ def breaking_point(model, x, y, grid, attack=fgsm, batch_size=None, known=None):
             known[0] = logits.argmax(1) != y
         for eps in [0, *grid]:
             left = breaks.isinf()
+            if not left.any(): break
             if eps in known:
                 breaks[left & known[eps]] = eps
                 continue
@@ -159,7 +160,7 @@ def _check_moved(moved, x):
     if not torch.is_tensor(moved) or moved.shape != x.shape or not moved.is_floating_point():
         kind = f"{moved.dtype} {tuple(moved.shape)}" if torch.is_tensor(moved) else type(moved).__name__
         raise ValueError(f"an attack must give images {tuple(x.shape)}, but this one gives {kind}")
-    if not (0 <= moved.min() and moved.max() <= 1):
+    if len(moved) and not (0 <= moved.min() and moved.max() <= 1):
         raise ValueError("an attack must give images in [0, 1], but those of this one lie in "
                          f"[{moved.min().item():g}, {moved.max().item():g}]")
     return moved.detach()

@@ -10,15 +10,29 @@ import numpy as np
 import seaborn as sns
 
 from .. import geometry
+from ..arrays import check_head, check_labels, to_numpy
 from .canvas import Figure, by_model, full, ink, subplots, theme
 from ..vocabulary import ordered, regularizer_words
 
 # %% ../../nbs/instruments/figures/regions.ipynb #6119838a
+class_colors = sns.color_palette("colorblind", 10)
+
+def _on_plane(weight, bias, features, labels, axes):
+    """Samples on the plane (N, 2), labels (N,), and how far the picture reaches from the origin."""
+    W, _, Z = check_head(weight, bias, features)
+    labels = check_labels(to_numpy(labels), len(Z))
+    axes = geometry.plane_axes(*axes)
+    if not len(Z) or axes.shape[1] != W.shape[1]:
+        raise ValueError(f"a plane needs samples, and two `axes` ({W.shape[1]},) where d is not 2, but features "
+                         f"are {Z.shape} and each axis is ({axes.shape[1]},)")
+    points = Z @ axes.T
+    return points, labels, 1.1 * np.quantile(np.abs(points), 0.998) or 1.0
+
+# %% ../../nbs/instruments/figures/regions.ipynb #564255eb
 def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), steps=151, arrows=9):
     """Draw a net's plane through the origin and two `axes` (d,); returns the number of regions."""
-    points = np.asarray(features, float) @ geometry.plane_axes(*axes).T
-    extent, colors = 1.1 * np.quantile(np.abs(points), 0.998), np.array(class_colors)
-    table = geometry.plane(weight, bias, *axes, extent, steps)
+    points, labels, extent = _on_plane(weight, bias, features, labels, axes)
+    table, colors = geometry.plane(weight, bias, *axes, extent, steps), np.array(class_colors)
     u, v, confidence = (table[key].to_numpy().reshape(steps, steps) for key in ("u", "v", "confidence"))
     shown = colors[table["predicted"].to_numpy() % len(colors)].reshape(steps, steps, 3)
     ax.imshow(shown, extent=[-extent, extent] * 2, origin="lower", alpha=0.32, interpolation="none")
@@ -27,7 +41,7 @@ def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), step
     length = np.hypot(few["du"], few["dv"]).clip(lower=1e-300)
     ax.quiver(few["u"], few["v"], few["du"] / length, few["dv"] / length, color=ink, alpha=0.7,
               pivot="mid", angles="xy", scale=1.5 * arrows, width=0.006)
-    ax.scatter(*points[:400].T, s=4, c=colors[np.asarray(labels)[:400] % len(colors)], lw=0, rasterized=True)
+    ax.scatter(*points[:400].T, s=4, c=colors[labels[:400] % len(colors)], lw=0, rasterized=True)
     for k in np.unique(labels):
         ax.annotate(str(k), points[labels == k].mean(0), ha="center", va="center", fontsize=9,
                     fontweight="bold")
@@ -35,28 +49,26 @@ def _plane_panel(ax, weight, bias, features, labels, axes=((1, 0), (0, 1)), step
     ax.set(xlim=(-extent, extent), ylim=(-extent, extent), xticks=[], yticks=[], aspect="equal")
     return table["predicted"].nunique()
 
-class_colors = sns.color_palette("colorblind", 10)
-
 # %% ../../nbs/instruments/figures/regions.ipynb #5b65b812
 @theme()
 def plane_regions(nets, caption=None, columns=3):
-    """Planes of nets: {title: dict(weight, bias, features, labels)}, with `axes` where d is above 2.
+    """Planes of nets: {title: dict(weight, bias, features, labels)}, with `axes` where d is not 2.
 
-    Titles that are regularizers are put in words. More than ten classes repeat their colours.
+    Arrays or tensors of any dtype; `bias` may be None. Titles that are regularizers are put in words. More than ten classes repeat their colours.
     """
     rows = -(-len(nets) // columns)
     fig, axes = subplots(rows, columns, (full, (full / columns + 0.15) * rows))
-    told = []
+    counts = []
     for ax, (title, net) in zip(axes.flat, nets.items()):
         regions = _plane_panel(ax, **net)
         ax.set_title(regularizer_words(title))
         ax.spines[:].set_visible(True)
-        told.append(("", title, f"{regions} {'region' if regions == 1 else 'regions'}"))
+        counts.append(("", title, f"{regions} {'region' if regions == 1 else 'regions'}"))
     for ax in axes.flat[len(nets):]: ax.set_axis_off()
     legend = ("Predicted class (colours), confidence (contours at .5, .9 and .99), descent of the loss "
               "(arrows) and samples (dots).")
-    return Figure(fig, caption or f"{by_model(told)} {legend}",
-                  f"Decision regions in a plane through the origin. {by_model(told)}")
+    return Figure(fig, caption or f"{by_model(counts)} {legend}",
+                  f"Decision regions in a plane through the origin. {by_model(counts)}")
 
 # %% ../../nbs/instruments/figures/regions.ipynb #f6d179b9
 def planes(recorded, seed=0, model=None, caption=None):

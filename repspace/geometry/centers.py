@@ -57,7 +57,7 @@ def class_centers(weight, bias, radius, nonnegative=False):
     """Each class's point of least loss among ‖z‖ ≤ `radius` (and z ≥ 0 if `nonnegative`) → Centers.
 
     `weight` (K, d), `bias` (K,; None: zeros). The certificate is the gap over max(radius · max‖w_j - w_k‖, 1).
-    ValueError where all rows are equal, so that there is no center; RuntimeError where a
+    ValueError where all rows are equal, so that there is no center, or where a
     certificate is not below 1e-8.
     """
     W, b = check_head(weight, bias)
@@ -75,7 +75,7 @@ def class_centers(weight, bias, radius, nonnegative=False):
     gap = duality_gap(rows, np.arange(len(W)), z, limit, nonnegative)
     certificate = np.maximum(gap, 0) / np.maximum(radius * reach, 1)
     if not certificate.max() < 1e-8:
-        raise RuntimeError(f"class {certificate.argmax()} has relative gap {certificate.max():.1e}, "
+        raise ValueError(f"class {certificate.argmax()} has relative gap {certificate.max():.1e}, "
                            "not below 1e-8; is the radius far beyond the weights' scale?")
     return Centers(*(like(part, weight) for part in (z / reach.max(), certificate, interior)))
 

@@ -239,6 +239,12 @@ def _line_search(rows, space, classes, z, x, f, slope, radius, inside, nonnegati
     return new, still
 
 # %% ../../nbs/instruments/geometry/solvers.ipynb #20648544
+def _downhill_from_origin(rows, space, classes, r, nonnegative):
+    "Where the gradient at the origin points down to, on the spheres of radius `r` (k, 1)."
+    z = space.lift(np.eye(len(rows.b))[classes] - softmax(rows.shifts(classes), axis=1))
+    return _confine(space, z, r, np.zeros(r.shape, bool), nonnegative)
+
+
 def _across_sphere(space, z, g, pi, r, inside, inward, steepness, nonnegative):
     "Newton's direction at `z` on the sphere, or `inside` it, and the part of the gradient `g` it may follow."
     free = ((z > 0) | (g < 0))[0] if nonnegative else np.ones((), bool)
@@ -260,8 +266,7 @@ def newton(rows, classes, radius, nonnegative=False, by_weights=False, steps=60,
     solution = Solution(np.zeros((k, rows.V.shape[1])), np.full(k, np.inf))
     reach, own = rows.reach()[classes, None], np.eye(len(rows.b))[classes]
     r = np.full((k, 1), min(radius, 4.0))
-    z = space.lift(own - softmax(rows.shifts(classes), axis=1))
-    z, inside = _confine(space, z, r, np.zeros((k, 1), bool), nonnegative)
+    z, inside = _downhill_from_origin(rows, space, classes, r, nonnegative)
     for step in range(steps):
         f, pi = _value(rows, space, z, classes[live])
         g = space.lift(pi - own[live])
@@ -273,8 +278,7 @@ def newton(rows, classes, radius, nonnegative=False, by_weights=False, steps=60,
         solution.gap[live[done]] = gap[done, 0]
         inside = inside | (inward > 0)
         keep = ~done & ~(by_weights & inside[:, 0])
-        if not keep.any():
-            break
+        if not keep.any(): break
         live, z, g = live[keep], z[:, keep], g[:, keep]
         r, inside, ready, f, pi, inward, steepness = (
             v[keep] for v in (r, inside, ready, f, pi, inward, steepness))

@@ -23,7 +23,7 @@ from .seen import Attacked, Recorded, Seen, Vectors, from_record
 _all_ = ["Budget", "Context", "Settings", "settings", "GROUPS", "RECORDED", "Values", "measured",
          "Attacked", "Recorded", "Seen", "Vectors", "from_record"]
 
-# %% ../../nbs/instruments/measure/index.ipynb #c2d4d2e6
+# %% ../../nbs/instruments/measure/index.ipynb #142a0a45
 REGISTERED = {}   # "module:name" → group
 
 def register(group):
@@ -36,7 +36,7 @@ def register(group):
     REGISTERED[vocabulary.source_of(group)] = group
     return group
 
-# %% ../../nbs/instruments/measure/index.ipynb #2d1d9911
+# %% ../../nbs/instruments/measure/index.ipynb #2e8dce01
 def costly(seen, context):
     """`thorough.costly`, where the settings ask for thorough measures; else nothing."""
     if context.settings.thorough is None: return Values()
@@ -74,7 +74,7 @@ def head_arrays(seen, before):
             for prefix, one in (("", seen), ("untrained.", before))
             for name in ("weight", "bias", "class_means")}
 
-# %% ../../nbs/instruments/measure/index.ipynb #26d8f221
+# %% ../../nbs/instruments/measure/index.ipynb #3d552c31
 def plain(scalars):
     """`scalars` as Python floats, those that are not finite as None."""
     return {name: float(v) if v is not None and math.isfinite(v) else None

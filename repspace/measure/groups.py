@@ -7,7 +7,7 @@ __all__ = ['RECORDED', 'GROUPS', 'Values', 'predicted', 'fitted', 'calibrated', 
            'finite_norm', 'aligned', 'aligned_reachable', 'clean_statistics', 'center_correlations', 'collapsed',
            'cones', 'cones_by_class', 'random_cones', 'untrained_cones', 'curve', 'under_attack', 'rows', 'measured']
 
-# %% ../../nbs/instruments/measure/groups.ipynb #08d48677
+# %% ../../nbs/instruments/measure/groups.ipynb #298fd067
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import calibration, geometry, stats, vocabulary
 
-# %% ../../nbs/instruments/measure/groups.ipynb #f5394b73
+# %% ../../nbs/instruments/measure/groups.ipynb #416ab422
 @dataclass
 class Values:
     """What a group of measures gives, each by name.
@@ -26,7 +26,7 @@ class Values:
     columns: dict = field(default_factory=dict)
     curves: dict = field(default_factory=dict)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #94c4bca6
+# %% ../../nbs/instruments/measure/groups.ipynb #386d3ebd
 def predicted(seen, context):
     """Accuracy and confidence, and what is left of accuracy without the bias."""
     unbiased = (seen.located @ seen.weight.T).argmax(1)
@@ -35,14 +35,14 @@ def predicted(seen, context):
                    "no_bias_accuracy": (unbiased == seen.labels).mean(),
                    "no_bias_agreement": (unbiased == seen.predictions).mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #50c5ab82
+# %% ../../nbs/instruments/measure/groups.ipynb #1b2d982c
 def fitted(seen, context):
     """Accuracy and loss on the training images."""
     probs, labels = calibration.softmax(seen.train.logits), seen.train.labels
     return Values({"train_accuracy": (seen.train.logits.argmax(1) == labels).mean(),
                    "train_loss": calibration.nll(probs, labels)})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #0fddcfb1
+# %% ../../nbs/instruments/measure/groups.ipynb #41c0353b
 def calibrated(seen, context):
     """Losses and calibration errors, with the floor of the error."""
     p, labels, error = seen.probs, seen.labels, calibration.expected_calibration_error
@@ -54,7 +54,7 @@ def calibrated(seen, context):
                    "ece_classwise": calibration.classwise_calibration_error(p, labels),
                    "confidence_gap": calibration.confidence_gap(p, labels)})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #2a60768f
+# %% ../../nbs/instruments/measure/groups.ipynb #50cd8e9c
 def scaled(seen, context):
     """Temperature and feature scaling, and the errors after each of them."""
     fit, labels, error = calibration.cross_fit, seen.labels, calibration.expected_calibration_error
@@ -68,7 +68,7 @@ def scaled(seen, context):
                     f"nll_{name}": calibration.nll(way.probs, labels)}
     return Values(scalars)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #ce06317a
+# %% ../../nbs/instruments/measure/groups.ipynb #ac74aab0
 def magnitude(seen, context):
     """Lengths of the test vectors: RMS, in the span, and times the weights' scale."""
     return Values({"rms": seen.rms.mean(), "span_norm": seen.span_norms.mean(),
@@ -78,7 +78,7 @@ def training_magnitude(seen, context):
     """The radius, and the mean length in the span, of the training vectors."""
     return Values({"radius": seen.radius, "train_span_norm": seen.train_span_norms.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #77ee0164
+# %% ../../nbs/instruments/measure/groups.ipynb #7ca23e3b
 def _smoothing(regularizer):
     """The strength of label smoothing in the text of a regularizer; None without, or with mixing."""
     parts = vocabulary.parts(regularizer)
@@ -93,7 +93,7 @@ def finite_norm(seen, context):
     minima = geometry.soft_minimum(seen.weight, seen.bias, targets)
     return Values({"soft_norm": np.linalg.norm(minima, axis=1).mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #b25db2dd
+# %% ../../nbs/instruments/measure/groups.ipynb #ebdb8c2c
 def aligned(seen, context):
     """Mean cosines with the minimal centers of the label and of the prediction, for z and Pz."""
     names = {"alignment": "cos_label", "alignment_predicted": "cos_predicted"}
@@ -105,7 +105,7 @@ def aligned_reachable(seen, context):
     whole, span = seen.closeness(seen.centers["reachable"], seen.labels)
     return Values({"alignment_reachable": whole.mean(), "alignment_reachable_span": span.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #c7c703e2
+# %% ../../nbs/instruments/measure/groups.ipynb #0b9b6ed1
 def clean_statistics(seen, context):
     """Accuracy, lengths and alignment with batch-norm statistics of the clean training images."""
     renewed = context.renewed
@@ -120,7 +120,7 @@ def clean_statistics(seen, context):
                    "span_norm_clean_bn": renewed.span_norms.mean(),
                    "alignment_clean_bn": whole.mean(), "alignment_span_clean_bn": span.mean()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #74dba4db
+# %% ../../nbs/instruments/measure/groups.ipynb #4a4bc0db
 def center_correlations(seen, context):
     """Correlations of closeness with confidence: `center_r_{kind}`, `center_r_predicted_{kind}`.
 
@@ -133,13 +133,13 @@ def center_correlations(seen, context):
             scalars |= {f"center_r_{part}{kind}": whole, f"center_r_{part}predicted_{kind}": own}
     return Values(scalars)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #07ad29e7
+# %% ../../nbs/instruments/measure/groups.ipynb #a7037b9d
 def collapsed(seen, context):
     """Neural collapse of the training vectors, as in `geometry.NeuralCollapse`: `nc_{name}`."""
     collapse = geometry.neural_collapse(seen.train.features, seen.train.labels, seen.weight)
     return Values({f"nc_{name}": value for name, value in collapse._asdict().items()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #d0d43f1e
+# %% ../../nbs/instruments/measure/groups.ipynb #144ecda3
 def _cone(seen, name, vectors):
     """Degree, open share and entry distance of the rays through `vectors`, by the scalars' names."""
     cone = geometry.cone_degree(seen.weight, seen.bias, vectors)
@@ -156,7 +156,7 @@ def cones_by_class(seen, context):
     return Values(curves={"cone_degree_by_class": [
         _cone(seen, "", z)["cone_degree_"] if len(z) else None for z in members]})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #89309697
+# %% ../../nbs/instruments/measure/groups.ipynb #28803eed
 def random_cones(seen, context):
     """Degree of cone, entry distance and open share, for directions drawn at random."""
     draw = partial(geometry.random_directions, seen.weight, context.settings.directions,
@@ -172,7 +172,7 @@ def untrained_cones(seen, context):
     scalars = cones(before, context).scalars | random_cones(before, context).scalars
     return Values({f"untrained_{name}": value for name, value in scalars.items()})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #b42b4e01
+# %% ../../nbs/instruments/measure/groups.ipynb #5af5244e
 def curve(breaks, grid):
     """Robust accuracy and success over `grid`, in lists; success is None if no image was right."""
     right = breaks > 0
@@ -181,7 +181,7 @@ def curve(breaks, grid):
             "success": [float((breaks[right] <= eps).mean()) if right.any() else None
                         for eps in grid]}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #8f9c7f9f
+# %% ../../nbs/instruments/measure/groups.ipynb #4a9bc1d6
 def _movement(name, attacked, cosines):
     """Scalars of the attack `name`: what it does to the vectors, in the mean."""
     whole, span = attacked.whole, attacked.span
@@ -194,7 +194,7 @@ def _movement(name, attacked, cosines):
             f"crossed_{name}": attacked.crossed.mean(),
             f"toward_r_{name}": correlation[""], f"toward_r_span_{name}": correlation["_span"]}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #7bc4c65d
+# %% ../../nbs/instruments/measure/groups.ipynb #a440941c
 def _success(name, breaks, reference):
     """Robust accuracy and success of the attack `name` at the reference limit."""
     at = curve(breaks, [reference])
@@ -208,7 +208,7 @@ def _columns(name, attacked):
                      f"toward_{name}": whole.toward_origin, f"toward_span_{name}": span.toward_origin,
                      f"label_{name}": attacked.logits.argmax(1)}
 
-# %% ../../nbs/instruments/measure/groups.ipynb #676d4925
+# %% ../../nbs/instruments/measure/groups.ipynb #a56f7684
 def _joined(into, given, name):
     """`given` of the attack `name` put into the dict `into`, where no other attack gives the same."""
     if twice := sorted(into.keys() & given.keys()):
@@ -226,7 +226,7 @@ def under_attack(seen, context):
         out.curves[name] = curve(attacked.breaks, settings.grid)
     return out
 
-# %% ../../nbs/instruments/measure/groups.ipynb #b7d97f08
+# %% ../../nbs/instruments/measure/groups.ipynb #cffddc08
 def _margin(logits, labels):
     """The label's logit minus the best other one (N,)."""
     rows, others = np.arange(len(labels)), logits.copy()
@@ -244,13 +244,13 @@ def rows(seen, context):
         "apex_gap": seen.rays.lo, "open": np.isinf(seen.rays.hi),
         "subset": n < context.settings.subset})
 
-# %% ../../nbs/instruments/measure/groups.ipynb #49833779
+# %% ../../nbs/instruments/measure/groups.ipynb #e3263406
 RECORDED = (rows, predicted, calibrated, scaled, magnitude, finite_norm, aligned, cones, cones_by_class,
             under_attack)
 GROUPS = (*RECORDED, fitted, training_magnitude, aligned_reachable, clean_statistics,
           center_correlations, collapsed, random_cones, untrained_cones)
 
-# %% ../../nbs/instruments/measure/groups.ipynb #57fbaf07
+# %% ../../nbs/instruments/measure/groups.ipynb #2ac5aca7
 def _checked(source, values, n):
     """`values`, or a `ValueError` naming the group `source` where they are not what a group may give."""
     if not isinstance(values, Values):

@@ -194,6 +194,7 @@ class _Trunk(nn.Module):
     def run(self, x):
         """The vectors (N, d) for `x`, and what the module itself gives."""
         taps = [(self.module.get_submodule(path), call) for path, call in self.taken]
+        for tap, _ in taps: tap.inputs = []   # a replica's own
         try:
             output = self.module(x)
             vectors = [tap.inputs[call].flatten(1) for tap, call in taps if tap.inputs[call:]]

@@ -211,15 +211,10 @@ def reference(runs):
 # %% ../../nbs/instruments/records/index.ipynb #d5289776
 def _fresh(folders, study, faults):
     """(row, samples) of each fresh record by (condition, seed); what is left out goes to `faults`."""
-    for (condition, seed), folder in folders.fresh(study).items():
-        try: run, samples = read(folder)
-        except (Damaged, PermissionError) as error:
-            faults.append(error)
-            continue
-        says = run["study"], run["condition"], run["seed"]
-        if says == (study, condition, seed):
-            yield (condition, seed), _row(run, "fresh", len(samples)), samples
-        else: faults.append(files.damaged(folder / "run.json", f"it is the record of {says}"))
+    for name, folder in folders.fresh(study).items():
+        try: run, samples = read(folder, name)
+        except (Damaged, PermissionError) as error: faults.append(error)
+        else: yield name, _row(run, "fresh", len(samples)), samples
 
 def _published(folders, study, faults):
     """(row, samples) of each published record by (condition, seed); as `_fresh`."""
@@ -246,7 +241,8 @@ def load(study, source=None, runs=None, results=None):
     for kind in _sources(source):
         of_kind = _fresh if kind == "fresh" else _published
         for name, row, samples in of_kind(folders, study, faults):
-            records.setdefault(name, (row, samples.assign(condition=name[0], seed=name[1])))
+            records.setdefault(name, (row | {"study": study},
+                                      samples.assign(condition=name[0], seed=name[1])))
     for fault in faults: log.warning("left out: %s", fault)
     if not records and faults:
         raise ValueError(f"no record of study {study!r} can be read: {faults[0]}")

@@ -59,7 +59,12 @@ def read_json(path):
 
 def read_frame(path):
     """The table of the Parquet file `path`."""
-    return read_file(path, lambda file: pd.read_parquet(file, page_checksum_verification=True))
+    def parse(file):
+        try: return pd.read_parquet(file, page_checksum_verification=True)
+        except TypeError as error:   # the name of a column's type is damaged
+            if "not understood" not in str(error): raise
+            raise ValueError(error) from error
+    return read_file(path, parse)
 
 # %% ../../nbs/instruments/records/files.ipynb #64826d06
 def read_arrays(path):

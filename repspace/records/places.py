@@ -23,16 +23,20 @@ def check_slug(name):
 
 # %% ../../nbs/instruments/records/places.ipynb #50707c24
 TRACES = {"runs": ("*/*/*/run.json", "*/*/*.failed.json", "*/*/.lock", "weights/*.safetensors"),
-          "results": ("*/runs.jsonl",)}
+          "results": ("*/runs.jsonl", "*/heads.npz")}
 
 def _holds_records(folder, kind):
     return any(any(folder.glob(pattern)) for pattern in TRACES[kind])
+
+def _is_empty(folder):
+    try: return not any(folder.iterdir())
+    except OSError: return False   # not for us to look into
 
 def _upward(kind):
     """The folders called `kind`, here and above, that hold records or nothing; nearest first."""
     here = Path.cwd()
     folders = [p / kind for p in (here, *here.parents) if (p / kind).is_dir()]
-    return [f for f in folders if _holds_records(f, kind) or not any(f.iterdir())]
+    return [f for f in folders if _holds_records(f, kind) or _is_empty(f)]
 
 # %% ../../nbs/instruments/records/places.ipynb #711d1d77
 def runs_root():

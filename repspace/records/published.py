@@ -130,7 +130,7 @@ def _gather(fresh, published, only):
     rows = published.samples.groupby(["condition", "seed"]) if published.runs else None
     wanted = lambda run: only is None or run["identity"] in only
     for name in sorted(fresh | published.runs):
-        run, samples = one.read(fresh[name]) if name in fresh else (None, None)
+        run, samples = one.read(fresh[name], name) if name in fresh else (None, None)
         if run and wanted(run):
             yield _thinned(run, samples, fresh[name])
         elif name in published.runs and wanted(published.runs[name]):

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import files
-from .files import Damaged, naming
+from .files import Damaged, damaged, naming
 
 # %% ../../nbs/instruments/records/run.ipynb #1eb90f60
 FILES = ("run.json", "samples.parquet", "logits.safetensors", "head.safetensors")
@@ -92,9 +92,14 @@ def read_run(folder):
     content = files.read_json(path)
     with naming(path): return check_run(content)
 
-def read(folder):
-    """(run, samples) of a record, with a look at the headers of its other files."""
+def read(folder, place=None):
+    """(run, samples) of a record, with a look at the headers of its other files.
+
+    `place`: the (condition, seed) whose record should be there; `ValueError` if it is not.
+    """
     run, folder = read_run(folder), Path(folder)
+    says = run["condition"], run["seed"]
+    if place and says != place: raise damaged(folder / "run.json", f"it is the record of {says}")
     for name in FILES[2:]: files.look_at_arrays(folder / name)
     return run, files.read_frame(folder / "samples.parquet")
 

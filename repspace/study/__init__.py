@@ -118,7 +118,7 @@ def run(study, on="local", runs=None, notebooks=None, published=True, workers=No
     cluster.check_on(on)
     jobs.check_gpus(gpus)
     study, begun = study if isinstance(study, Study) else read(study), time.monotonic()
-    runs = Path(runs or records.runs_root() or "runs").absolute()
+    runs = records.runs_or_default(runs).absolute()
     notebooks = Path(notebooks).absolute() if notebooks else None
     with cluster.connected(on) as ray:
         places = jobs.room(workers, 0 if ray else gpus)

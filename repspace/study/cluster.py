@@ -41,26 +41,33 @@ def check_on(on):
 # %% ../../nbs/instruments/study/cluster.ipynb #c68aa977
 def _check_listening(address, seconds=10):
     """`OSError` unless a Ray cluster's server answers at `address` within so many seconds."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    host = host.strip("[]")
-    socket.create_connection((host, int(port)), timeout=seconds / 2).close()
+    address = address.removeprefix("ray://")
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=seconds / 2).close()
     try: import grpc
     except ImportError: return
-    with grpc.insecure_channel(f"{host}:{port}") as channel:
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"): return
+    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try: grpc.channel_ready_future(channel).result(timeout=seconds)
         except grpc.FutureTimeoutError as error:
             raise OSError(f"what listens there gave no answer within {seconds} s") from error
 
+def _address(on):
+    """The address that `on` stands for; None if it is auto, and no cluster says that it runs here."""
+    here = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    if on != "auto": return on
+    return os.environ.get("RAY_ADDRESS") or (here.read_text().strip() if here.is_file() else None)
+
 # %% ../../nbs/instruments/study/cluster.ipynb #672b5e51
 def _connect(ray, on):
-    """Connect to the cluster `on`; whether there is one (False only for auto); or `ValueError`."""
-    address = os.environ.get("RAY_ADDRESS") if on == "auto" else on
+    """Connect to the cluster `on`; whether there is one (False only for auto), or `ValueError`."""
+    address, named = _address(on), on != "auto" or os.environ.get("RAY_ADDRESS")
     try:
-        if address not in (None, "", "auto", "local"): _check_listening(address)
+        if address not in (None, "auto", "local"): _check_listening(address)
         ray.init(on, log_to_driver=False, logging_level="warning")
         return True
     except Exception as error:
-        if on == "auto" and not address and isinstance(error, ConnectionError):
+        if not named and isinstance(error, OSError):
             log.info("no Ray cluster runs here, so this machine does it alone")
             return False
         raise ValueError(f"no Ray cluster can be used at {address or on!r} ({error}): `ray status` "

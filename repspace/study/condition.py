@@ -166,7 +166,7 @@ def missing_seeds(study, condition, seeds, runs=None, published=True):
 def weights_path(condition, seed, runs=None):
     """Where the weights of a run are kept."""
     name = records.training_key(run_settings(condition, seed))
-    return Path(runs or records.runs_root() or "runs") / "weights" / f"{name}.safetensors"
+    return records.runs_or_default(runs) / "weights" / f"{name}.safetensors"
 
 def _untrained(condition, dataset, seed):
     from repspace import train
@@ -208,30 +208,19 @@ def rehearse(condition, dataset):
         raise ValueError(f"{condition.slug}: the untrained network's loss is {loss}")
 
 # %% ../../nbs/instruments/study/condition.ipynb #c8a82134
-def _drop_damaged(checkpoint):
-    """Remove a `checkpoint` that cannot be read: what a machine leaves whose power fails."""
-    from safetensors import SafetensorError, safe_open
-    if not checkpoint.exists(): return
-    try:
-        with safe_open(checkpoint, "pt") as f: json.loads(f.metadata()["training"])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        log.warning("%s is damaged (%s): training from the beginning", checkpoint, error)
-        checkpoint.unlink()
-
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     from repspace import regularize, train
+    from repspace.study.checkpoint import Checkpoint, contents
     from safetensors.torch import save
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
-    checkpoint = path.with_name(f"{path.stem}.{code_key()}.checkpoint")
-    _drop_damaged(checkpoint)
+    checkpoint = Checkpoint(path.with_name(f"{path.stem}.{code_key()}.checkpoint"))
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
                         regularize.get(condition.regularizer), seed, train.here(),
                         checkpoint=checkpoint)
     training = {"history": history, "seconds": time.perf_counter() - start,
                 "provenance": provenance() | {"device": _circumstances()["device"]}}
-    state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    content = save(state, {"training": json.dumps(training)})
+    content = save(contents(classifier), {"training": json.dumps(training)})
     records.write_file(path, lambda to: to.write_bytes(content))
     for pattern in (f"{path.stem}.*.checkpoint*", f".{path.name}.*"):
         for left in path.parent.glob(pattern): left.unlink(missing_ok=True)
@@ -357,7 +346,7 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     folder of fresh records (default: `records.runs_root()`, else `./runs`). `published`: whether
     published runs count as done.
     """
-    seeds, runs = list(map(int, seeds)), Path(runs or records.runs_root() or "runs")
+    seeds, runs = list(map(int, seeds)), records.runs_or_default(runs)
     folder = records.run_folder(study, condition.slug, 0, runs).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
