@@ -266,7 +266,7 @@ def added(studies, chapter):
     here = [claim.id for claim in claims.CLAIMS if claim.chapter == chapter]
     for claim_id in here:
         if claim_id in _ours: continue
-        display(Markdown(f"## {claims.get(claim_id).sentence}"))
+        display(Markdown(f"**{claim_id}.** {claims.get(claim_id).sentence}"))
         if not judged_on(studies, claim_id):
             display(Markdown("No record here has what it is judged by."))
             continue
@@ -275,7 +275,7 @@ def added(studies, chapter):
         table(studies, claim_id)
     for figure in figures.FIGURES.values():
         if figure.claim in here or (figure.claim is None and chapter == "scorecard"):
-            display(Markdown(f"## {escaped(figure.name)}"))
+            display(Markdown(f"**{escaped(figure.name)}**"))
             show(studies, lambda study: figure.draw(_drawn_from(study, figure)))
 
 def _drawn_from(study, figure):

@@ -377,9 +377,9 @@ def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatc
         findings.added([findings.Judged("digits", digits)], chapter)
         return [getattr(thing, "text", None) or thing.alt for thing in displayed]
     heading, nothing, name, study, figure = shown("magnitude")
-    assert (heading, name) == (f"## {kurtosis.sentence}", "## norms by net")
+    assert (heading, name) == (f"**kurtosis.** {kurtosis.sentence}", "**norms by net**")
     assert nothing.startswith("No record here") and figure.startswith("Rms, plain → regularized")
-    assert shown("scorecard")[0] == "## all verdicts" and not shown("cones")
+    assert shown("scorecard")[0] == "**all verdicts**" and not shown("cones")
 
 
 def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2"):
