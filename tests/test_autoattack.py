@@ -30,7 +30,7 @@ def digits():
     recipe = train.Recipe(epochs=80, batch_size=50, lr=0.1)
     net = train.new_classifier("tiny-cnn", dataset, recipe, seed=0)
     train.fit(net, dataset, recipe, regularize.get("none"), seed=0)
-    return net, data.as_float(dataset.test.images[:200]), found.test.labels[:200]
+    return net, data.as_float(dataset.test.images[:200]), dataset.test.labels[:200]
 
 
 def right(net, x, y):
