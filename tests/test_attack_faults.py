@@ -1,4 +1,5 @@
 """What models do that nobody foresaw: every attack, the diagnosis and the corruptions meet it, or say clearly what is wrong."""
+import copy
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 from repspace import attacks, corruptions, data, vocabulary
 from repspace.attacks import (REGISTERED, apgd, auto_attack, auto_attack_report, breaking_point, fgsm, masking, pgd, register,
                               sign_noise, square, transfer)
-from repspace.attacks.steps import distances
+from repspace.attacks.steps import distances, unit_point
 from repspace.attacks.target import logits_of
 
 EPS = 8 / 255
@@ -183,7 +184,6 @@ def test_images_and_logits_of_any_dtype(net, xy, images, logits):
 @pytest.mark.parametrize("weights", FLOATS, ids=str)
 @pytest.mark.parametrize("images", FLOATS, ids=str)
 def test_images_meet_the_dtype_of_the_weights(net, xy, images, weights):
-    import copy
     x, y = xy[0].to(images), xy[1]
     model = copy.deepcopy(net).to(weights)
     everything(model, x, y)
@@ -291,7 +291,6 @@ def test_gradients_that_are_not_finite_count_as_vanished(net, xy, norm, caplog):
 
 def skipped(x, norm):
     """The generator of seed 0 after it has drawn for `x`."""
-    from repspace.attacks.steps import unit_point
     generator = torch.Generator().manual_seed(0)
     unit_point(x, norm, generator)
     return generator

@@ -68,13 +68,13 @@ def _parts(thing):
 
 def modules_of(model, depth=4):
     """The `nn.Module`s that `model` is, or that it holds, closes over or names, as a list."""
-    level, seen, found = [model], set(), []
+    level, seen, modules = [model], set(), []
     for _ in range(depth + 1):
         level = list({id(thing): thing for thing in level if id(thing) not in seen}.values())
         seen.update(map(id, level))
-        found += [thing for thing in level if isinstance(thing, nn.Module)]
+        modules += [thing for thing in level if isinstance(thing, nn.Module)]
         level = [part for thing in level for part in _parts(thing)]
-    return found
+    return modules
 
 # %% ../../nbs/instruments/attacks/target.ipynb #f7d2a6bc
 def _evaluate(module):
@@ -132,7 +132,8 @@ def _scope():
 # %% ../../nbs/instruments/attacks/target.ipynb #91936389
 def _dtype(model):
     """The one dtype of the floating-point parameters of `model`; None if there is none, or several."""
-    kinds = {p.dtype for top in modules_of(model) for p in top.parameters() if p.is_floating_point()}
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    kinds = {p.dtype for top in modules_of(model) for p in top.parameters() if p.dtype in floats}
     return kinds.pop() if len(kinds) == 1 else None
 
 def dtype_of(model, x):
