@@ -50,18 +50,18 @@ def key(settings):
 
 # %% ../../nbs/instruments/records/index.ipynb #650e947d
 def _added(settings, *names):
-    """Those of `names` that say what was added from outside; nothing where nothing was."""
+    """Those of `names` that the settings have: their data's digest, what was added from outside."""
     return {name: settings[name] for name in names if settings.get(name)}
 
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    added = _added(settings, "sources", "measure_sources")
+    added = _added(settings, "data_digest", "sources", "measure_sources")
     return key(picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):
     """The key of the training alone: the same whatever is measured on it afterwards."""
     trained = picked(settings, [name for name in IDENTITY if name != "measures"])
-    return key(trained | _added(settings, "sources"))
+    return key(trained | _added(settings, "data_digest", "sources"))
 
 # %% ../../nbs/instruments/records/index.ipynb #bf27bea7
 def _sources(source):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .. import records
 from .additions import measuring
+from .digests import data_digest, pinned
 from .origin import code_key, provenance
 from ..vocabulary import (DEPTHS, MODELS, Recipe, check_batches, data_row, parts,
                                  regularizer_words)
@@ -129,7 +130,8 @@ def run_settings(condition, seed):
     """What determines a run, for `records.identity` and `records.training_key`."""
     defaults = {field.name: field.default for field in fields(Recipe)}
     recipe = {k: v for k, v in condition.recipe.items() if v != defaults[k]}
-    return condition.parameters() | {"recipe": recipe, "seed": int(seed)} | sources(condition)
+    return condition.parameters() | {"recipe": recipe, "seed": int(seed),
+                                     "data_digest": data_digest(condition.data)} | sources(condition)
 
 # %% ../../nbs/instruments/study/condition.ipynb #36133111
 def _circumstances():
@@ -150,11 +152,12 @@ def _peak_memory_mb():
 def missing_seeds(study, condition, seeds, runs=None, published=True):
     """Those of `seeds` that `condition` has no record for in `study`; sets other records aside."""
     shared, missing = records.published_identities(study) if published else {}, []
+    settings = run_settings(condition, 0)   # whose data are looked at once
     for seed in seeds:
-        wanted = records.identity(run_settings(condition, seed))
+        wanted = records.identity(settings | {"seed": int(seed)})
         folder = records.run_folder(study, condition.slug, seed, runs)
         if folder.is_dir():
-            try: there, why = records.check(folder)["identity"], "was made with other settings"
+            try: there, why = records.check(folder)["identity"], "was made with other settings or data"
             except ValueError as error: there, why = None, str(error)
             if there == wanted: continue
             try: log.warning("%s: %s; it is kept as %s", folder, why, records.set_aside(folder).name)
@@ -284,15 +287,21 @@ def _describe(condition, seed, study):
     settings = run_settings(condition, seed)
     return ({"schema": records.SCHEMA, "study": study, "condition": condition.slug}
             | condition.parameters() | sources(condition)
-            | {"seed": seed, "identity": records.identity(settings),
+            | {"seed": seed, "data_digest": settings["data_digest"],
+               "identity": records.identity(settings),
                "training_key": records.training_key(settings)} | _circumstances())
 
 # %% ../../nbs/instruments/study/condition.ipynb #a945cbb2
 def _make(condition, seed, study, runs):
     """Train and measure one run and write its record; "made", or "remeasured" if trained before."""
     from repspace import data
+    with pinned(condition.data, lambda: data.load(condition.data, seed=seed)) as dataset:
+        return _make_of(dataset, condition, seed, study, runs)
+
+def _make_of(dataset, condition, seed, study, runs):
+    """`_make`, of the data set as it was loaded."""
+    from repspace import data
     from repspace.measure import settings
-    dataset = data.load(condition.data, seed=seed)
     dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     path = weights_path(condition, seed, runs)
     classifier, training, new = _trained(condition, dataset, seed, path)
