@@ -94,8 +94,11 @@ def _digits(seed, train_size=200):
 # %% ../nbs/instruments/data.ipynb #541bdce8
 def data_root(root=None):
     """The folder for data sets: `root`, else REPSPACE_DATA, else the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repspace"
-    return Path(root or os.environ.get("REPSPACE_DATA") or cache).expanduser()
+    named = root or os.environ.get("REPSPACE_DATA")
+    if named: return Path(named).expanduser()
+    try: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repspace"
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder for data sets ({error}): name a folder in REPSPACE_DATA") from error
 
 # %% ../nbs/instruments/data.ipynb #4f2f368f
 _CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}

@@ -54,7 +54,7 @@ def test_runs_of_images_that_were_replaced_are_made_again(place, images, caplog)
     assert "was made with other settings or data; it is kept as" in caplog.text
     assert len(list(place.glob("runs/weights/*.safetensors"))) == 2
     made = records.read_run(place / "runs" / "tiny" / condition.slug / "0")
-    assert made["data_digest"] == digests.data_digest(condition.data)
+    assert made["digests"]["data"] == digests.data_digest(condition.data)
     assert made["identity"] == records.identity(run_settings(condition, 0))
 
 

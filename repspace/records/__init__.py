@@ -288,14 +288,13 @@ def migrate(study, digests, results=None):
     are. `ValueError` if a file is damaged, a digest is missing, or an identity cannot be verified.
     """
     root = Path(results or results_root() or "results") / check_slug(study)
-    published = Published(root)
-    old = {name: run for name, run in published.runs.items() if (run.get("schema") or 2) < 3}
-    if not old: return 0
+    if all((run.get("schema") or 2) >= 3 for run in Published(root).runs.values()): return 0
     with transaction.locked(root):
         published = Published(root)
         if published.faults: raise published.faults[0]
-        for run in old.values(): picked(digests, [run["data"]])
-        runs = {name: _migrated(run, digests[run["data"]]) if name in old else run
+        old = {name for name, run in published.runs.items() if (run.get("schema") or 2) < 3}
+        digest = picked(digests, sorted({published.runs[name]["data"] for name in old}))
+        runs = {name: _migrated(run, digest[run["data"]]) if name in old else run
                 for name, run in sorted(published.runs.items())}
         lines = {name: json.dumps(run, sort_keys=True) for name, run in runs.items()}
         contents = {name: published.state.parsed(root, name, bytes) for name in PUBLISHED[1:]}

@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['log', 'LONGEST', 'PARAMETERS', 'Condition', 'check_fits', 'sources', 'run_settings', 'missing_seeds', 'weights_path',
-           'rehearse', 'load_classifier', 'surrogate_paths', 'why', 'note_failed', 'run_condition', 'check_parameters']
+           'rehearse', 'load_classifier', 'surrogate_paths', 'why', 'note_failed', 'check_writable', 'run_condition',
+           'check_parameters']
 
 # %% ../../nbs/instruments/study/condition.ipynb #de240ab3
-import errno, importlib.metadata, logging, math, os, re, sys, time, traceback
+import errno, importlib.metadata, logging, math, os, re, sys, tempfile, time, traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from tqdm import tqdm
 
 from .. import records
 from .additions import measuring
 from .digests import data_digest, pinned
+from .locks import held
 from .origin import code_key, provenance
 from ..vocabulary import (DEPTHS, MODELS, Recipe, check_batches, data_row, parts,
                                  regularizer_words)
@@ -162,6 +163,8 @@ def missing_seeds(study, condition, seeds, runs=None, published=True):
             if there == wanted: continue
             try: log.warning("%s: %s; it is kept as %s", folder, why, records.set_aside(folder).name)
             except FileNotFoundError: pass   # another process, with the same study, was faster
+            except OSError as error:
+                raise ValueError(f"{folder}: {why}; it cannot be set aside ({error.strerror})") from error
         if shared.get((condition.slug, seed)) != wanted: missing.append(seed)
     return missing
 
@@ -238,7 +241,7 @@ def _trained(condition, dataset, seed, path):
     """The classifier of `path`, what is known of its training, and whether it was trained now."""
     from repspace.study.checkpoint import Unusable, set_aside
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with held(path.with_suffix(".lock")):
         if path.exists():
             try: return *_restored(condition, dataset, seed, path), False
             except Unusable as error: set_aside(path, error)
@@ -287,7 +290,7 @@ def _describe(condition, seed, study):
     settings = run_settings(condition, seed)
     return ({"schema": records.SCHEMA, "study": study, "condition": condition.slug}
             | condition.parameters() | sources(condition)
-            | {"seed": seed, "data_digest": settings["data_digest"],
+            | {"seed": seed, "digests": {"data": settings["data_digest"]},
                "identity": records.identity(settings),
                "training_key": records.training_key(settings)} | _circumstances())
 
@@ -347,6 +350,17 @@ def _attempt(condition, seed, study, runs):
     seconds = round(time.perf_counter() - start, 2)
     return {"seed": seed, "status": status, "seconds": seconds, "reason": reason}
 
+# %% ../../nbs/instruments/study/condition.ipynb #ef30d128
+def check_writable(runs):
+    """`ValueError` if nothing can be written into the folder `runs`, which is made if need be."""
+    try:
+        Path(runs).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs): pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT): return   # which each run says, and then goes on
+        raise ValueError(f"records cannot be written to {runs} ({error.strerror}): name another folder "
+                         "(--runs, or REPSPACE_RUNS)") from error
+
 # %% ../../nbs/instruments/study/condition.ipynb #1317b7e7
 def run_condition(condition, seeds, study="adhoc", runs=None, published=True, progress=True):
     """Make the missing runs of `condition`; returns a table: seed, status, seconds, reason.
@@ -357,13 +371,15 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     """
     seeds, runs = list(map(int, seeds)), records.runs_or_default(runs)
     folder = records.run_folder(study, condition.slug, 0, runs).parent
+    rows = {seed: {"seed": seed, "status": "done", "seconds": 0.0, "reason": None} for seed in seeds}
+    if not missing_seeds(study, condition, seeds, runs, published): return pd.DataFrame(rows.values())
+    check_writable(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with held(folder / ".lock"):
         records.remove_unfinished(folder)
         missing = missing_seeds(study, condition, seeds, runs, published)
-        there = {"status": "done", "seconds": 0.0, "reason": None}
-        rows = {seed: {"seed": seed} | there for seed in seeds}
-        for seed in tqdm(missing, condition.slug, unit="run", disable=not (progress and missing)):
+        quiet = not (progress and missing and sys.stderr)
+        for seed in tqdm(missing, condition.slug, unit="run", disable=quiet):
             rows[seed] = _attempt(condition, seed, study, runs)
     return pd.DataFrame(rows.values())
 
