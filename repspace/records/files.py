@@ -151,7 +151,7 @@ def read_frame(path, sha256=None):
 # %% ../../nbs/instruments/records/files.ipynb #1a0b3c14
 def read_arrays(path, sha256=None):
     """The arrays of the safetensors file `path`, a dict; `sha256` as in `read_file`."""
-    return read_file(path, safe.load, sha256)
+    return dict(sorted(read_file(path, safe.load, sha256).items()))   # safetensors gives them in any order
 
 # %% ../../nbs/instruments/records/files.ipynb #1a0b3c15
 def _array(content):
