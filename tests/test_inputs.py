@@ -1,6 +1,7 @@
 """What a study takes in: data that were replaced, weights of another run, folders of other people, machines that lack something."""
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import yaml
 from PIL import Image
 
 from repspace import records
-from repspace.study import digests
+from repspace.study import checkpoint, digests
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, missing_seeds, run_condition, run_settings
+from repspace.study.checkpoint import Unusable, read_bound
+from repspace.study.condition import Condition, load_classifier, missing_seeds, run_condition, run_settings, weights_path
+from repspace.study.origin import code_key
 
 RECIPE = {"epochs": 1, "batch_size": 8, "lr": 0.05}
 
@@ -117,6 +120,7 @@ def test_a_file_that_cannot_be_read_is_named_and_no_record_set_aside(place, imag
     assert run_condition(condition, [0], "tiny", progress=False).status.tolist() == ["made"]
     (place / "tiny.yaml").write_text(yaml.safe_dump({"study": "tiny", "seeds": 1, "grid": [{
         "data": f"folder:{images}", "models": ["tiny-cnn"], "regularizers": ["none"], "recipe": RECIPE}]}))
+    monkeypatch.setenv("REPSPACE_VERIFY", "1")   # reads all, however long the machine took until here
     before, really_open = sorted(place.glob("runs/tiny/*/*")), open
     for error in (PermissionError(13, "Permission denied"), OSError(24, "Too many open files"), OSError(5, "I/O error")):
         def refuse(path, *words, **options):
@@ -138,3 +142,114 @@ def test_identities_of_a_large_study_take_no_time():
     start = time.monotonic()
     assert len({records.identity(run_settings(c, seed)) for c in conditions for seed in range(10)}) == 80
     assert time.monotonic() - start < 1
+
+
+# Weights and checkpoints
+
+TINY = Condition("digits", "tiny-cnn", "none", {"epochs": 1, "batch_size": 50, "lr": 0.05})
+
+
+def make(seeds, condition=TINY):
+    return run_condition(condition, seeds, "tiny", progress=False)
+
+
+def measured(place, seed, condition=TINY):
+    return {name: (place / "runs" / "tiny" / condition.slug / str(seed) / name).read_bytes() for name in records.FILES[1:]}
+
+
+def test_weights_under_another_runs_name_are_not_taken_for_its(place, caplog):
+    """Fault U: the weights of seed 1, put where those of seed 0 are, were recorded as seed 0."""
+    assert make([0, 1]).status.tolist() == ["made", "made"]
+    before = measured(place, 0)
+    zero, one = (weights_path(TINY, seed) for seed in (0, 1))
+    zero.write_bytes(one.read_bytes())
+    records.set_aside(place / "runs" / "tiny" / TINY.slug / "0")
+    with pytest.raises(ValueError, match=f"{zero} is not what it is called"):
+        load_classifier(TINY, 0)
+    assert make([0]).status.tolist() == ["made"] and measured(place, 0) == before
+    assert f"{zero.name} is not what it is called" in caplog.text and f"{one.stem}" in caplog.text
+    assert zero.with_name(f"{zero.name}.unusable-1").read_bytes() == one.read_bytes(), "nothing is deleted"
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda c: c[:-8000] + bytes(8000), lambda c: c[:-1], lambda c: c + b"\0", lambda c: b"", lambda c: c[:7],
+    lambda c: b"\xff" * 8 + c[8:], lambda c: c.replace(b'\\"loss\\": [', b'\\"loss\\": [9', 1), lambda c: c.replace(b'"F32"', b'"I32"', 1)])
+def test_weights_that_are_damaged_are_trained_again(place, caplog, spoil):
+    make([0])
+    before, path = measured(place, 0), weights_path(TINY, 0)
+    whole = path.read_bytes()
+    path.write_bytes(spoil(whole))
+    assert path.read_bytes() != whole
+    records.set_aside(place / "runs" / "tiny" / TINY.slug / "0")
+    assert make([0]).status.tolist() == ["made"] and measured(place, 0) == before
+    assert f"{path} is damaged" in caplog.text and "training starts from the beginning" in caplog.text
+
+
+def test_every_flipped_bit_of_weights_is_noticed(place):
+    make([0])
+    path, rng = weights_path(TINY, 0), np.random.default_rng(0)
+    whole, of = path.read_bytes(), {"training": weights_path(TINY, 0).stem, "condition": TINY.slug, "seed": 0}
+    read_bound(path, of)
+    for at in [*rng.integers(len(whole), size=150), *range(0, 1500, 10)]:
+        content = bytearray(whole)
+        content[at] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        try:
+            about, tensors = read_bound(path, of)   # blanks of JSON may be other blanks
+            path.write_bytes(whole)
+            same, weights = read_bound(path, of)
+            assert about == same and all((weights[name] == tensors[name]).all() for name in weights | tensors)
+        except Unusable:
+            pass
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(24, "Too many open files"),
+                                   OSError(5, "Input/output error"), MemoryError("no memory")])
+@pytest.mark.parametrize("what", ["weights", "checkpoint"])
+def test_what_cannot_be_read_now_stays_as_it_is(place, monkeypatch, error, what):
+    make([0])
+    path = weights_path(TINY, 0)
+    if what == "checkpoint":
+        path = path.rename(path.with_name(f"{path.stem}.{code_key()}.checkpoint"))
+    records.set_aside(place / "runs" / "tiny" / TINY.slug / "0")
+    before, really_open = path.read_bytes(), open
+    def refuse(name, *words, **options):
+        if str(name) == str(path): raise error
+        return really_open(name, *words, **options)
+    monkeypatch.setattr("builtins.open", refuse)
+    row = make([0]).iloc[0]
+    monkeypatch.setattr("builtins.open", really_open)
+    assert row.status == "failed" and str(error.args[-1]) in row.reason
+    assert path.read_bytes() == before and not list(path.parent.glob("*unusable*"))
+    if what == "weights":
+        assert make([0]).status.tolist() == ["remeasured"]
+
+
+def test_a_checkpoint_of_another_run_or_other_code_is_not_gone_on_from(place, caplog, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    long = replace(TINY, recipe=TINY.recipe | {"epochs": 4})
+    make([0], long)
+    before, kept, save = measured(place, 0, long), [], checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda path, *words: (save(path, *words), kept.append(path.read_bytes())))
+    make([1], long)   # its checkpoints, as they were after each epoch
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    path = weights_path(long, 0)
+    path.unlink()
+    records.set_aside(place / "runs" / "tiny" / long.slug / "0")
+    mine = path.with_name(f"{path.stem}.{code_key()}.checkpoint")
+    mine.write_bytes(kept[1])
+    assert make([0], long).status.tolist() == ["made"] and measured(place, 0, long) == before
+    assert f"{mine} is not what it is called" in caplog.text
+
+
+def test_the_checkpoint_goes_only_when_the_weights_are_on_the_disk(place, monkeypatch):
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    path, there = weights_path(TINY, 0), []
+    real = records.write_file
+    def write(to, how):
+        if Path(to) == path: there.append(list(path.parent.glob("*.checkpoint")))
+        real(to, how)
+        if Path(to) == path: there.append(list(path.parent.glob("*.checkpoint")))
+    monkeypatch.setattr(records, "write_file", write)
+    make([0])
+    assert [len(files) for files in there] == [1, 1] and not list(path.parent.glob("*.checkpoint"))

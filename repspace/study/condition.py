@@ -7,7 +7,7 @@ __all__ = ['log', 'LONGEST', 'PARAMETERS', 'Condition', 'check_fits', 'sources',
            'rehearse', 'load_classifier', 'surrogate_paths', 'why', 'note_failed', 'run_condition', 'check_parameters']
 
 # %% ../../nbs/instruments/study/condition.ipynb #de240ab3
-import errno, importlib.metadata, json, logging, math, os, re, sys, time, traceback
+import errno, importlib.metadata, logging, math, os, re, sys, time, traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -171,18 +171,22 @@ def weights_path(condition, seed, runs=None):
     name = records.training_key(run_settings(condition, seed))
     return records.runs_or_default(runs) / "weights" / f"{name}.safetensors"
 
+def _of(condition, seed, path):
+    """Which training the weights at `path` are of: bound to it, they are no other's under its name."""
+    return {"training": path.stem, "condition": condition.slug, "seed": int(seed)}
+
 def _untrained(condition, dataset, seed):
     from repspace import train
     recipe = Recipe.from_dict(condition.recipe)
     return train.new_classifier(condition.model, dataset, recipe, seed, condition.feature_dim)
 
-def _restore(classifier, path):
-    """Weights from `path` into `classifier`; returns what the file says about their training."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-    classifier.load_state_dict(load_file(path))
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["training"])
+def _restored(condition, dataset, seed, path):
+    """The classifier of the weights at `path`, and what is known of its training; else `Unusable`."""
+    from repspace.study.checkpoint import put, read_bound
+    training, weights = read_bound(path, _of(condition, seed, path))
+    classifier = _untrained(condition, dataset, seed)
+    put(weights, classifier, path)
+    return classifier.eval(), training
 
 # %% ../../nbs/instruments/study/condition.ipynb #f259034e
 def _first_loss(condition, dataset):
@@ -214,45 +218,41 @@ def rehearse(condition, dataset):
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     from repspace import regularize, train
-    from repspace.study.checkpoint import Checkpoint, contents
-    from safetensors.torch import save
+    from repspace.study.checkpoint import Checkpoint, contents, write_bound
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
-    checkpoint = Checkpoint(path.with_name(f"{path.stem}.{code_key()}.checkpoint"))
+    of, code = _of(condition, seed, path), code_key()
+    checkpoint = Checkpoint(path.with_name(f"{path.stem}.{code}.checkpoint"), of=of | {"code": code})
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
                         regularize.get(condition.regularizer), seed, train.here(),
                         checkpoint=checkpoint)
     training = {"history": history, "seconds": time.perf_counter() - start,
                 "provenance": provenance() | {"device": _circumstances()["device"]}}
-    content = save(contents(classifier), {"training": json.dumps(training)})
-    records.write_file(path, lambda to: to.write_bytes(content))
-    for pattern in (f"{path.stem}.*.checkpoint*", f".{path.name}.*"):
-        for left in path.parent.glob(pattern): left.unlink(missing_ok=True)
+    write_bound(path, contents(classifier), training, of)
+    for pattern in (f"{path.stem}.*.checkpoint*", f".{path.stem}.*"):
+        for left in path.parent.glob(pattern):
+            if ".unusable" not in left.name: left.unlink(missing_ok=True)
     return classifier.cpu(), training
 
 # %% ../../nbs/instruments/study/condition.ipynb #51e0dcd1
 def _trained(condition, dataset, seed, path):
     """The classifier of `path`, what is known of its training, and whether it was trained now."""
+    from repspace.study.checkpoint import Unusable, set_aside
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
-            classifier = _untrained(condition, dataset, seed)
-            try:
-                return classifier.eval(), _restore(classifier, path), False
-            except Exception as error:
-                log.warning("%s cannot be used (%s): training again", path, error)
+            try: return *_restored(condition, dataset, seed, path), False
+            except Unusable as error: set_aside(path, error)
         return *_train(condition, dataset, seed, path), True
 
 # %% ../../nbs/instruments/study/condition.ipynb #f65caeb9
 def load_classifier(condition, seed, runs=None):
-    """The trained Classifier of a run, on the CPU, for evaluation; `ValueError` without weights."""
+    """The trained Classifier of a run, on the CPU, for evaluation; `ValueError` without weights of its own."""
     from repspace import data
     path = weights_path(condition, seed, runs)
     if not path.exists():
         raise ValueError(f"{path} is not there: published results hold no weights; "
                          "run_condition(…, published=False) trains them")
-    classifier = _untrained(condition, data.load(condition.data, seed=seed), seed)
-    _restore(classifier, path)
-    return classifier.eval()
+    return _restored(condition, data.load(condition.data, seed=seed), seed, path)[0]
 
 # %% ../../nbs/instruments/study/condition.ipynb #4d06f780
 def surrogate_paths(condition, seed, runs=None):
