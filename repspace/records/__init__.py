@@ -50,18 +50,18 @@ def key(settings):
 
 # %% ../../nbs/instruments/records/index.ipynb #650e947d
 def _added(settings, *names):
-    """Those of `names` that the settings have: their data's digest, what was added from outside."""
+    """Those of `names` that say what was added from outside; nothing where nothing was."""
     return {name: settings[name] for name in names if settings.get(name)}
 
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    added = _added(settings, "data_digest", "sources", "measure_sources")
+    added = _added(settings, "sources", "measure_sources")
     return key(picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):
     """The key of the training alone: the same whatever is measured on it afterwards."""
     trained = picked(settings, [name for name in IDENTITY if name != "measures"])
-    return key(trained | _added(settings, "data_digest", "sources"))
+    return key(trained | _added(settings, "sources"))
 
 # %% ../../nbs/instruments/records/index.ipynb #bf27bea7
 def _sources(source):
@@ -196,7 +196,7 @@ class Records(_Tables):
 # %% ../../nbs/instruments/records/index.ipynb #edab7d58
 NAMES = ("study", "condition", "data", "model", "feature_dim", "regularizer", "seed")
 CIRCUMSTANCES = ("device", "threads", "versions", "peak_memory_mb", "seconds", "provenance",
-                 "schema", "digests")
+                 "schema", "data_digest")
 
 def _row(run, source, test_images=None):
     provenance = run.get("provenance") or {}
@@ -278,7 +278,7 @@ def _migrated(run, digest):
     settings = _settings_of(run) | {"data_digest": digest}
     new = {"identity": identity(settings), "training_key": training_key(settings)}
     old = {f"{name}_schema_2": run[name] for name in new if name in run}
-    return run | old | new | {"schema": SCHEMA, "digests": {"data": digest, "added_by": "migration"}}
+    return run | old | new | {"schema": SCHEMA, "data_digest": digest, "data_digest_added_by": "migration"}
 
 # %% ../../nbs/instruments/records/index.ipynb #5e0f7a03
 def migrate(study, digests, results=None):

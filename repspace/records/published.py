@@ -86,9 +86,11 @@ class Published:
 
     @cached_property
     def _of_lines(self):
-        there = any(isinstance(content, bytes) for content in self.state.contents.values())
-        parse = lambda content: _lines(content, self.state.manifest, self.root / "runs.jsonl")
-        return self.state.parsed(self.root, "runs.jsonl", parse) if there else ({}, [])
+        path, manifest, contents = self.root / "runs.jsonl", *self.state
+        if not manifest and not any(isinstance(c, bytes) for c in contents.values()): return {}, []
+        if manifest and isinstance(contents[path.name], Damaged):   # some of its lines may be whole
+            return _lines(files.read_file(path, bytes), manifest, path)
+        return self.state.parsed(self.root, path.name, lambda content: _lines(content, manifest, path))
 
     @property
     def runs(self):

@@ -22,10 +22,11 @@ SCHEMA = 3
 FILES = ("run.json", "samples.parquet", "logits.safetensors", "head.safetensors")
 PARTS = FILES[1:]
 NEEDED = ("study", "condition", "seed", "identity", "scalars")
-KINDS = ({name: str for name in ("study", "condition", "identity", "data", "model", "regularizer")}
+KINDS = ({name: str for name in ("study", "condition", "identity", "data", "data_digest", "model",
+                                   "regularizer")}
          | {name: int for name in ("schema", "seed", "feature_dim", "test_images")}
          | {name: dict for name in ("scalars", "settings", "provenance", "seconds", "recipe",
-                                    "history", "curves", "digests", "parts")})
+                                    "history", "curves", "parts")})
 
 def picked(settings, names):
     """Those `names` of the dict `settings`; `ValueError` if it lacks one."""
@@ -59,9 +60,9 @@ def check_place(run, folder):
 def write(folder, run, samples, logits, head):
     """Write a record into the new folder `folder`, `…/<study>/<condition>/<seed>`.
 
-    `run`: a dict with at least the names of `NEEDED`, and the data's digest as `digests["data"]`;
-    `samples`: a table with a row per test image; `logits` and `head`: dicts of arrays. `ValueError`
-    if a record is there, or the folder is not that of the run.
+    `run`: a dict with at least the names of `NEEDED`; `samples`: a table with a row per test image;
+    `logits` and `head`: dicts of arrays. `ValueError` if a record is there, or the folder is not
+    that of the run.
     """
     folder = Path(folder)
     if folder.exists():
@@ -82,7 +83,7 @@ def example(seed=0, condition="digits.tiny-cnn.none", study="example", **scalars
                model="tiny-cnn", feature_dim=None, regularizer="none", recipe={"epochs": 5},
                measures="standard", scalars=dict(accuracy=0.9, accuracy_clean_bn=np.nan) | scalars,
                settings={"reference": 16, "grid": [8, 16]}, device="cpu", threads=1,
-               digests={"data": "0" * 64}, curves={"fgsm": {"eps": [8, 16], "success": [0.2, 0.5]}},
+               data_digest="0" * 64, curves={"fgsm": {"eps": [8, 16], "success": [0.2, 0.5]}},
                history={"loss": [2.0, 1.0]}, seconds={"train": 1.5, "measure": 0.5},
                provenance={"version": "0.1.0", "code": "abc", "commit": None})
     samples = pd.DataFrame(dict(image=np.arange(10), label=labels, prediction=clean.argmax(1),
