@@ -300,7 +300,7 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
     def write(seed, text):
         effect = 1.0 if text == "none" else 0.5
         run = dict(study="cifar10-cpu", condition=f"cifar10.resnet8.{text.replace(':', '-')}", seed=seed, data="cifar10",
-                   model="resnet8", feature_dim=None, regularizer=text, recipe={}, measures="standard",
+                   model="resnet8", feature_dim=None, regularizer=text, recipe={}, measures="standard", data_digest="d" * 64,
                    scalars={"rms": effect + seed / 1000}, settings={"reference": 0.4},
                    provenance={"version": "0.0.9", "code": "other", "commit": "abcdef123"})
         run["identity"] = records.identity(run)
