@@ -24,6 +24,7 @@ from .published import PUBLISHED, Published, first_columns, publish
 from .run import (FILES, NEEDED, check, clear_failed, failure, joined, mark_failed,
                                   picked, read, read_parts, read_run, remove_unfinished, set_aside,
                                   write)
+from ..vocabulary import visible
 
 _all_ = ["Damaged", "FILES", "NEEDED", "Published", "check", "check_slug", "clear_failed", "failure",
          "mark_failed", "publish", "read_run", "remove_unfinished", "results_root", "run_folder",
@@ -183,7 +184,8 @@ class Records(_Tables):
 
     def _repr_html_(self):
         hidden = ["settings", "made", "recipe", "history", "curves"]
-        table = self.runs.drop(columns=hidden, errors="ignore").to_html(index=False, max_rows=8)
+        text = self.runs.drop(columns=hidden, errors="ignore").map(lambda x: visible(x) if isinstance(x, str) else x)
+        table = text.to_html(index=False, max_rows=8)
         return f"<p>{len(self.runs)} runs, {len(self.samples)} samples</p>{table}"
 
 # %% ../../nbs/instruments/records/index.ipynb #edab7d58
