@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
-           'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'legend', 'panels',
-           'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme', 'verdict_key', 'wrapped',
-           'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
+           'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
+           'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -23,7 +23,8 @@ from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, scorecard
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
-_all_ = ["Figure", "by_model", "full", "half", "ink", "legend", "panels", "regularizer_legend",
+_all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
+         "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
          "plane_regions", "planes", "effects", "scorecard"]
 

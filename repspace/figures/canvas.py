@@ -54,6 +54,15 @@ def subplots(rows=1, columns=1, figsize=None, **kwargs):
                                  layout="constrained", **kwargs)
     return fig, axes
 
+# %% ../../nbs/instruments/figures/canvas.ipynb #dfcaf632
+def _without_formulas(fig):
+    """Have the text of `fig` taken as it is; returns whether there are logarithmic axes."""
+    axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+    own = {label for axis in axes if isinstance(axis.get_major_formatter(), mpl.ticker.LogFormatter)
+           for label in axis.get_ticklabels(which="both")}
+    for text in fig.findobj(mpl.text.Text): text.set_parse_math(text in own)
+    return bool(own)
+
 # %% ../../nbs/instruments/figures/canvas.ipynb #02983018
 _TAG, _REFERENCE = re.compile("<[^>]*>"), re.compile(r'(\bid="|href="#|url\(#)')
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
@@ -62,7 +71,8 @@ def _inline(fig, label):
     """The matplotlib figure as an `<svg>` in which black is `currentColor`; `label` is its alt text."""
     out = io.StringIO()
     no_metadata = dict.fromkeys(["Date", "Creator", "Format", "Type"])
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "repspace"}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "repspace",
+                         "text.parse_math": _without_formulas(fig)}):
         fig.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.03, transparent=True,
                     dpi=200, metadata=no_metadata)
     svg = _NO_XML.sub("\ufffd", out.getvalue())
@@ -97,8 +107,10 @@ class Figure:
 
     def file_text(self, color="#767676"):
         """The text of an SVG file; `color` takes the place of the page's (a README has none)."""
-        head = '<?xml version="1.0" encoding="utf-8"?>\n'
-        return head + self.svg.replace("currentColor", color) + "\n"
+        root, end, rest = self.svg.partition(">")
+        root = root.replace('fill="currentColor"', f'fill="{color}"')
+        rest = _TAG.sub(lambda tag: tag[0].replace("currentColor", color), rest)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{root}{end}{rest}\n'
 
     def save_svg(self, path, color="#767676"):
         """Write `file_text` to `path`."""
