@@ -63,10 +63,17 @@ def drop_thebe(app, pagename, templatename, context, doctree):
                                    if "thebe" not in str(script) + str(getattr(script, "attributes", "")).lower()]
 
 
+def escape_page_title(app, pagename, templatename, context, doctree):
+    """The theme puts the title of the page, as text, above what is printed as if it were HTML."""
+    if "pagetitle" in context:
+        context["pagetitle"] = html.escape(context["pagetitle"])
+
+
 def setup(app):
     app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("source-read", on_source_read)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", escape_page_title, priority=900)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", escape_titles)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
