@@ -4,12 +4,15 @@
 
 Everything is written under OUT/_build (OUT is the project's root unless given):
 executed/  chapters with their outputs, one file per state of what they read: nothing is executed twice
+private/   what kernels and libraries keep, in place of the user's own folders
 lab/       the executed notebook of each condition, one folder per study
 source/    the tree that Jupyter Book renders
 html/      the site
 """
 import argparse
+import errno
 import hashlib
+import html
 import json
 import os
 import re
@@ -17,15 +20,18 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
 import yaml
 
-from repspace import vocabulary
+from place import alone, folders, home, open_streams, private
+from repspace import records, vocabulary
+from repspace.records.files import write_text
+from repspace.records.places import is_slug
 from repspace.study import additions
 from repspace.study.notebooks import execute_notebook
 
@@ -33,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 SKIPPED = re.compile(r"^\s*#\s*\|\s*(slow\s*$|eval\s*:\s*false)", re.MULTILINE)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# An executed chapter, one that failed, or what a build that was killed had begun to write.
+EXECUTED = re.compile(r"\.[0-9a-f]{16}(\.failed)?\.ipynb(\.[0-9a-f]{12})?$")
 RENDER = "from jupyter_book.cli.main import main; main()"
 
 
@@ -47,6 +55,12 @@ def say(text=""):
 def stop(text):
     say()
     sys.exit(f"build.py: {text}")
+
+
+def write_changed(path, text):
+    """Write the file `path` where it does not hold `text` already: there whole, or as it was."""
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(path, text)
 
 
 # ---- what there is to build ----
@@ -88,10 +102,13 @@ def state(runs):
 # ---- executing ----
 
 def child_environment(runs, runtime):
-    """Kernels of this environment, whatever else the user's Jupyter, IPython and Matplotlib are set to."""
-    env = os.environ | {
+    """Kernels of this environment, whatever else the user's Jupyter, IPython and Matplotlib are set to.
+
+    `runtime`: the private folder for what they keep.
+    """
+    env = os.environ | folders(runtime) | {
         "OMP_NUM_THREADS": "1", "REPSPACE_RUNS": str(runs), "JUPYTER_PATH": f"{sys.prefix}/share/jupyter",
-        "JUPYTER_RUNTIME_DIR": runtime, "IPYTHONDIR": f"{runtime}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     env.pop("MPLBACKEND", None)
     return env | additions.environment(additions.hashes())
 
@@ -140,11 +157,26 @@ def execute_all(books, keys, folder, jobs, log, modules):
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop(f"the chapter nbs/{name}.ipynb fails\n\n{error}")
             say(f"  [{count:2}/{len(missing)}] {name:30} {duration(seconds):>10}")
-    for name in missing:  # an older state or two may be wanted again, by the tests or after a git checkout
-        old = sorted(folder.glob(f"{name}.*.ipynb"), key=lambda p: p.stat().st_mtime)[:-3]
-        for path in old:
-            path.unlink()
+    forget(folder, [str(target.relative_to(folder)) for target in targets.values()])
     return targets, len(missing)
+
+
+def forget(folder, wanted, builds=3):
+    """Delete executed chapters that none of the last different `builds` wanted, this one included.
+
+    An older state may be wanted again, by the tests or after a git checkout.
+    """
+    kept = folder / "wanted.json"
+    try:
+        before = [names for names in json.loads(kept.read_text()) if isinstance(names, list) and names != wanted]
+    except (OSError, ValueError, TypeError):
+        before = []
+    lists = [*before, wanted][-builds:]
+    write_changed(kept, json.dumps(lists, indent=1))
+    names = {name for names in lists for name in names}
+    for path in folder.rglob("*.ipynb*"):
+        if EXECUTED.search(path.name) and str(path.relative_to(folder)) not in names:
+            path.unlink(missing_ok=True)
 
 
 # ---- assembling ----
@@ -170,31 +202,48 @@ def page(path, hidden, lab=()):
     return json.dumps(notebook, indent=1, ensure_ascii=False)
 
 
-def condition_of(path):
-    """What the executed notebook of a condition at `path` says of itself: its title, and its parameters."""
-    notebook = json.loads(path.read_text())
-    title = "".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
-    return title, notebook["metadata"]["papermill"]["parameters"]
+def ended(path):
+    """The executed notebook of a condition at `path`, a dict, or None where it did not end, or is none."""
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        made, cells = notebook["metadata"]["papermill"], notebook["cells"]
+        outputs = [output["output_type"] for cell in cells for output in cell.get("outputs", ())]
+        whole = (made["end_time"] and not made["exception"] and "error" not in outputs
+                 and all(isinstance(made["parameters"][name], str) for name in ("data", "model", "regularizer")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return notebook if whole and is_slug(path.stem) else None
 
 
-def in_order(paths):
-    """Notebooks of conditions by network, of each the plain training first, as in every table of the book."""
-    made = {path: condition_of(path)[1] for path in paths}
+def title_of(notebook):
+    """The title of a condition's notebook, as text."""
+    return html.unescape("".join(notebook["cells"][0]["source"]).splitlines()[0].removeprefix("# "))
+
+
+def in_order(notebooks):
+    """{path: notebook} of conditions by network, of each the plain training first, as in every table of the book."""
+    made = {path: notebook["metadata"]["papermill"]["parameters"] for path, notebook in notebooks.items()}
     order = vocabulary.ordered(condition["regularizer"] for condition in made.values())
     return sorted(made, key=lambda path: (made[path]["data"], made[path]["model"], made[path].get("feature_dim") or 0,
                                           order.index(made[path]["regularizer"])))
 
 
 def condition_row(page_name, title, folder):
-    """One row of the lab log, from the run.json files of a condition."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/run.json")) if path.parent.name.isdigit()]
-    failed = len(list(folder.glob("*.failed.json")))
+    """One row of the lab log, cells from the run.json files of a condition."""
+    from repspace.claims import Markdown
+    runs, failed = [], len(list(folder.glob("*.failed.json")))
+    for path in sorted(folder.glob("*/run.json")):
+        try:
+            runs += [records.read_run(path.parent)] if path.parent.name.isdigit() else []
+        except (ValueError, OSError) as error:
+            say(f"  left out of the lab log: {error}")
 
-    def mean(get):
-        return sum(map(get, runs)) / len(runs) if runs else float("nan")
-    return (f"| [{title}]({page_name}) | {len(runs)}" + (f" ({failed} failed)" if failed else "")
-            + f" | {mean(lambda r: r['scalars']['accuracy']):.3f} | {mean(lambda r: r['seconds']['train']):.1f} s"
-            f" | {mean(lambda r: r['seconds']['measure']):.1f} s |")
+    def mean(part, name, words):
+        values = [(run.get(part) or {}).get(name) for run in runs]
+        values = [value for value in values if type(value) in (int, float)]
+        return words.format(sum(values) / len(values)) if values else "–"
+    return [Markdown("[{}]({})", title, Markdown(page_name)), f"{len(runs)}" + (f" ({failed} failed)" if failed else ""),
+            mean("scalars", "accuracy", "{:.3f}"), mean("seconds", "train", "{:.1f} s"), mean("seconds", "measure", "{:.1f} s")]
 
 
 LAB = """# The lab log
@@ -212,21 +261,21 @@ records alone. `make book` runs the studies on the embedded digits, and this pag
 
 def assemble_lab(build, runs, hidden):
     """Write the conditions' pages and the table that links them; returns their names."""
+    from repspace.claims import Markdown, markdown_table
     names, text = [], LAB
-    studies = sorted(p for p in (build / "lab").glob("*") if p.is_dir())
-    for study in studies:
-        text += (f"\n## {study.name}\n\n| condition | runs | accuracy, mean | training, per run | measuring, per run |\n"
-                 "|---|---|---|---|---|\n")
-        for path in in_order(p for p in study.glob("*.ipynb") if not p.name.endswith(".failed.ipynb")):
+    head = ["condition", "runs", "accuracy, mean", "training, per run", "measuring, per run"]
+    for study in sorted(p for p in (build / "lab").glob("*") if p.is_dir() and is_slug(p.name)):
+        paths = [p for p in study.glob("*.ipynb") if not p.name.endswith(".failed.ipynb")]
+        whole = {path: notebook for path in paths if (notebook := ended(path))}
+        rows = []
+        for path in in_order(whole):
             name = f"lab/{study.name}/{path.stem}"
-            target = build / "source" / f"{name}.ipynb"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(page(path, hidden))
-            title = condition_of(path)[0]
-            text += condition_row(f"{study.name}/{path.name}", title, runs / study.name / path.stem) + "\n"
+            write_text(build / "source" / f"{name}.ipynb", page(path, hidden))
+            rows.append(condition_row(f"{study.name}/{path.name}", title_of(whole[path]), runs / study.name / path.stem))
             names.append(name)
-    (build / "source/lab").mkdir(exist_ok=True)
-    (build / "source/lab/index.md").write_text(text if names else LAB + LAB_EMPTY)
+        if rows:
+            text += Markdown("\n## {}\n\n{}\n", study.name, markdown_table(head, rows)).text
+    write_text(build / "source/lab/index.md", text if names else LAB + LAB_EMPTY)
     return names
 
 
@@ -235,9 +284,9 @@ def assemble(executed, build, runs):
     source = build / "source"
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    hidden = {f"{build}/": "_build/", f"{runs}/": "runs/", f"{ROOT}/": "", f"{Path.home()}/": "~/"}
-    if Path.home() == Path("/"):
-        del hidden[f"{Path.home()}/"]
+    hidden = {f"{build}/": "_build/", f"{runs}/": "runs/", f"{ROOT}/": ""}
+    if home() not in (None, Path("/")):
+        hidden[f"{home()}/"] = "~/"
     lab = assemble_lab(build, runs, hidden)
     for name, path in executed.items():
         target = source / f"{name}.ipynb"
@@ -256,7 +305,8 @@ def assemble(executed, build, runs):
     shutil.copytree(ROOT / "book/_static", source / "_static")
     (source / "_ext").mkdir()
     shutil.copy(ROOT / "book/repspace_book.py", source / "_ext")
-    experiments = sorted((NBS / "experiments").glob("*.yaml"))  # chapters may link to the studies
+    experiments = sorted(p for p in (NBS / "experiments").glob("*.yaml")  # chapters may link to the studies
+                         if p.is_file() and not p.is_symlink())
     if experiments:
         (source / "experiments").mkdir()
     for path in experiments:
@@ -281,10 +331,15 @@ def render(build, env):
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
         stop(f"the pages could not be rendered without warnings\n\n{ANSI.sub('', done.stdout)}")
-    shutil.rmtree(html, ignore_errors=True)
+    stamp.unlink(missing_ok=True)
+    old = build / "html.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if html.exists():
+        html.rename(old)
     (fresh / "_build/html").rename(html)
-    shutil.rmtree(fresh)
-    stamp.write_text(key)
+    for path in (old, fresh):
+        shutil.rmtree(path, ignore_errors=True)
+    write_text(stamp, key)
     return True
 
 
@@ -298,6 +353,7 @@ def run_study(name, build, runs, env, modules):
 
 
 def main(argv=None):
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", action="append", default=[], metavar="NAME", help="run this study first")
     parser.add_argument("--with", action="append", default=[], metavar="MODULE", dest="modules",
@@ -315,34 +371,11 @@ def main(argv=None):
             stop(error)
     build = args.out.resolve() / "_build"
     runs = Path(args.runs or os.environ.get("REPSPACE_RUNS") or ROOT / "runs").resolve()
-    build.mkdir(parents=True, exist_ok=True)
-    took = []
-
-    def stage(name, work, *arguments):
-        say(f"\n{name}")
-        start = time.monotonic()
-        result = work(*arguments)
-        took.append((name, time.monotonic() - start))
-        return result
-
-    short = "/tmp" if Path("/tmp").is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="book-", dir=short) as runtime:
-        env = child_environment(runs, runtime)
-        Path(env["IPYTHONDIR"]).mkdir()
-        os.environ.clear()
-        os.environ.update(env)
-        books = notebooks()
-        for name in args.study:
-            stage(f"Study {name}", run_study, name, build, runs, env, args.modules)
-        code, records = state(runs)
-        keys = {name: hashlib.sha256(path.read_bytes() + (code if name.startswith("instruments/") else records).encode())
-                .hexdigest()[:16] for name, path in books.items()}
-        executed, count = stage(f"Chapters ({len(books)})", execute_all, books, keys,
-                                args.executed or build / "executed", args.jobs, build / "kernels.log", args.modules)
-        say(f"  {count} executed, {len(books) - count} unchanged")
-        stage("Pages", assemble, executed, build, runs)
-        if not stage("Site", render, build, env):
-            say("  unchanged")
+    executed = (args.executed or build / "executed").resolve()
+    with ExitStack() as locks:
+        for folder in dict.fromkeys([build, executed]):
+            locks.enter_context(alone(folder, say))
+        took = make(build, runs, executed, args)
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     say()
@@ -352,5 +385,43 @@ def main(argv=None):
     say(f"\nThe book is here: {(build / 'html/index.html').as_uri()}")
 
 
+def make(build, runs, executed, args):
+    """Make the book in `build` as `args` say; returns the stages and how long each took."""
+    took = []
+
+    def stage(name, work, *arguments):
+        say(f"\n{name}")
+        start = time.monotonic()
+        result = work(*arguments)
+        took.append((name, time.monotonic() - start))
+        return result
+
+    env = child_environment(runs, private(build / "private"))
+    os.environ.clear()
+    os.environ.update(env)
+    books = notebooks()
+    for name in args.study:
+        stage(f"Study {name}", run_study, name, build, runs, env, args.modules)
+    code, reads = state(runs)
+    keys = {name: hashlib.sha256(path.read_bytes() + (code if name.startswith("instruments/") else reads).encode())
+            .hexdigest()[:16] for name, path in books.items()}
+    targets, count = stage(f"Chapters ({len(books)})", execute_all, books, keys, executed, args.jobs,
+                           build / "kernels.log", args.modules)
+    say(f"  {count} executed, {len(books) - count} unchanged")
+    stage("Pages", assemble, targets, build, runs)
+    if not stage("Site", render, build, env):
+        say("  unchanged")
+    return took
+
+
+# What is in the way, and not wrong here.
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EMFILE,
+                errno.ENFILE, errno.ENOTDIR}
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        if error.errno is not None and error.errno not in SURROUNDINGS:
+            raise
+        stop(f"{error.filename or 'a file'}: {error.strerror or error}")

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from repspace import claims, figures, findings
-from repspace.claims.tables import escaped
+from repspace.claims import Markdown, joined
+from repspace.records.files import write_text
 from repspace.vocabulary import VERDICTS, listed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +24,13 @@ def made_by(runs):
 
 def block(studies):
     """The README's paragraph and table, as Markdown."""
-    lines = [f"- **{escaped(study.name)}**: {study.words}; {len(study.runs)} trainings, made by "
-             f"{escaped(made_by(study.runs))}." for study in studies]
-    meanings = "; ".join(f"*{row.name}*, {row.meaning}" for row in VERDICTS.values())
-    lines += ["", "A row of the ledger is a measure on a net, with a regularizer or without, and has a verdict: "
-              f"{meanings}.", "", claims.overview(findings.rows(studies), "nbs/findings").text]
-    return "\n".join(lines) + "\n"
+    lines = [Markdown("- **{}**: {}; {} trainings, made by {}.", study.name, study.words, len(study.runs), made_by(study.runs))
+             for study in studies]
+    meanings = joined((Markdown("*{}*, {}", row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
+    verdicts = Markdown("A row of the ledger is a measure on a net, with a regularizer or without, and has a verdict: {}.",
+                        meanings)
+    table = claims.overview(findings.rows(studies), "nbs/findings")
+    return joined([*lines, "", verdicts, "", table, ""]).text
 
 
 def expected():
@@ -45,14 +47,17 @@ def expected():
 
 def main(check):
     text, figure = expected()
-    wrong = [path.relative_to(ROOT) for path, content in ((README, text), (FIGURE, figure))
-             if not path.exists() or path.read_text(encoding="utf-8") != content]
+    wrong = {path: content for path, content in ((README, text), (FIGURE, figure))
+             if not path.exists() or path.read_text(encoding="utf-8") != content}
+    names = ", ".join(str(path.relative_to(ROOT)) for path in wrong)
     if check:
-        sys.exit(f"{', '.join(map(str, wrong))}: not what the published records say. Run: python book/readme.py"
-                 if wrong else 0)
-    README.write_text(text, encoding="utf-8")
-    FIGURE.write_text(figure, encoding="utf-8")
-    print(f"written: {', '.join(map(str, wrong)) or 'nothing, all agrees'}")
+        sys.exit(f"{names}: not what the published records say. Run: python book/readme.py" if wrong else 0)
+    for path, content in wrong.items():
+        try:
+            write_text(path, content)
+        except OSError as error:
+            sys.exit(f"{path.relative_to(ROOT)} is left as it was: {error.strerror or error}")
+    print(f"written: {names or 'nothing, all agrees'}")
 
 
 if __name__ == "__main__":

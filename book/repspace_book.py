@@ -1,4 +1,5 @@
 """Sphinx extension of the book: nbdev's directives stay out of the pages, and MathJax comes with the site."""
+import html
 import json
 import re
 import shutil
@@ -43,6 +44,18 @@ def copy_mathjax(app, error):
             shutil.copy(package / part, target / part)
 
 
+def escape_titles(app, error):
+    """Search puts the titles of sections into the page as HTML; Sphinx 7 writes them into its index as text."""
+    path = Path(app.outdir, "searchindex.js")
+    if error is not None or not path.exists():
+        return
+    head, start, body = path.read_text(encoding="utf-8").partition("(")
+    index = json.loads(body.rstrip().removesuffix(")"))
+    index["alltitles"] = {html.escape(title): places for title, places in index["alltitles"].items()}
+    path.write_text(f"{head}({json.dumps(index, ensure_ascii=False, sort_keys=True, separators=(',', ':'))})",
+                    encoding="utf-8")
+
+
 def drop_thebe(app, pagename, templatename, context, doctree):
     """Jupyter Book's pages name a script elsewhere for running cells in the browser, which this book does not offer."""
     if "script_files" in context:
@@ -50,9 +63,17 @@ def drop_thebe(app, pagename, templatename, context, doctree):
                                    if "thebe" not in str(script) + str(getattr(script, "attributes", "")).lower()]
 
 
+def escape_page_title(app, pagename, templatename, context, doctree):
+    """The theme puts the title of the page, as text, above what is printed as if it were HTML."""
+    if "pagetitle" in context:
+        context["pagetitle"] = html.escape(context["pagetitle"])
+
+
 def setup(app):
     app.config.mathjax_path = "mathjax/tex-chtml.js"
     app.connect("source-read", on_source_read)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", escape_page_title, priority=900)
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", escape_titles)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,8 +14,7 @@ from functools import cached_property
 import pandas as pd
 
 from . import claims, figures, records
-from .claims import Markdown, sampling
-from .claims.tables import escaped, markdown_rows
+from .claims import Markdown, joined, markdown_table, sampling
 from .study.origin import provenance
 from .vocabulary import (DATA, attack_words, data_words, listed, number, ordered,
                                  regularizer_words)
@@ -92,14 +91,14 @@ class Judged:
         """What was run, in a few words: data, nets, seeds."""
         data = listed(map(data_words, sorted(set(self.runs["data"]))))
         seeds = self.runs["seed"].nunique()
-        return escaped(f"{listed(self.models)} on {data}, {seeds} {'seed' if seeds == 1 else 'seeds'}")
+        return f"{listed(self.models)} on {data}, {seeds} {'seed' if seeds == 1 else 'seeds'}"
 
     @property
     def heading(self):
         """A line above the study's figures, as `Markdown`: what it is, and by which other code."""
         today = all(by.endswith("(today's code)") for made in makers(self.runs) for by in made)
-        code = "" if today else f" {escaped(made_by(self.runs))}"
-        return Markdown(f"**{escaped(self.name)}** ({self.words}).{code}")
+        code = "" if today else Markdown(" {}", made_by(self.runs))
+        return Markdown("**{}** ({}).{}", self.name, self.words, code)
 
 # %% ../nbs/instruments/findings.ipynb #17bd0f6b
 _compared = {"none", "weight-decay", "dropout", "feature-norm"}   # what claims are not about
@@ -167,22 +166,21 @@ def _records(runs):
 def overview(studies):
     """What was run, where, and by which code: a `Markdown` table with a row per study."""
     head = ["study", "what", "runs", "records", "machine", "computing", "trained by", "measured by"]
-    lines = [[escaped(study.name), study.words, len(study.runs), _records(study.runs),
-              escaped(_where(study.runs)), _hours(study.runs["seconds"].sum()),
-              *(escaped(listed(by)) for by in makers(study.runs))] for study in studies]
-    left_out = [f"\n\n**Left out**: {escaped(name)}, whose records cannot be read ({escaped(why)})."
-                for name, why in getattr(studies, "left_out", {}).items()]
-    return Markdown(markdown_rows(head, lines) + "".join(left_out))
+    lines = [[study.name, study.words, len(study.runs), _records(study.runs), _where(study.runs),
+              _hours(study.runs["seconds"].sum()), *map(listed, makers(study.runs))] for study in studies]
+    left_out = [Markdown("**Left out**: {}, whose records cannot be read ({}).", *of_study)
+                for of_study in getattr(studies, "left_out", {}).items()]
+    return joined([markdown_table(head, lines), *left_out], "\n\n")
 
 def scope(studies):
     """The sentence that says what the verdicts hold for, as `Markdown`."""
-    return Markdown("What was run: " + "; ".join(study.words for study in studies) + ".")
+    return Markdown("What was run: {}.", "; ".join(study.words for study in studies))
 
 # %% ../nbs/instruments/findings.ipynb #718945ee
 def limits(studies):
-    """At which limit of attacks each study was judged, in words."""
+    """At which limit of attacks each study was judged, as `Markdown`."""
     at = {study.name: records.reference(study.runs) for study in studies}
-    return " ".join(f"{escaped(name)}: {limit:g}/255." for name, limit in at.items() if limit is not None)
+    return joined((f"{name}: {limit:g}/255." for name, limit in at.items() if limit is not None), " ")
 
 def _of_pgd(settings):
     images = settings.get("attack_images")
@@ -190,10 +188,10 @@ def _of_pgd(settings):
     return f"PGD in {settings['steps']} steps of {settings['step_fraction']:g} of the limit, on {of}"
 
 def attacks(studies):
-    """How PGD stepped and how many images were attacked in each study, in words."""
+    """How PGD stepped and how many images were attacked in each study, as `Markdown`."""
     words = {study.name: dict.fromkeys(_of_pgd(s) for s in study.runs["settings"] if "steps" in s)
              for study in studies}
-    return "\n".join(f"- {escaped(name)}: {escaped(listed(of))}." for name, of in words.items() if of)
+    return joined(Markdown("- {}: {}.", name, listed(of)) for name, of in words.items() if of)
 
 # %% ../nbs/instruments/findings.ipynb #a85407db
 _judged_by = ("fgsm", "pgd")   # the attacks that claims are about
@@ -207,17 +205,17 @@ def attack_success(studies):
         return Markdown("**No study on these pages has tried any other attack yet**, so they do not "
                         "say whether what FGSM and PGD fail to break is robust.")
     names = [*(name for name in _judged_by if name in tried), *others]
-    head = ["study", "net", "regularizer", *(escaped(attack_words(name)) for name in names), "signs of masking"]
-    return Markdown(markdown_rows(head, [
+    head = ["study", "net", "regularizer", *map(attack_words, names), "signs of masking"]
+    return markdown_table(head, [
         line for study in studies if any(f"success_{name}" in study.runs for name in others)
-        for line in _success_lines(study, names)]))
+        for line in _success_lines(study, names)])
 
 def _success_lines(study, names):
     nets = dict(list(study.runs.groupby(["model", "regularizer"])))
     for model in study.models:
         for text in ordered(text for of, text in nets if of == model):
             runs = nets[model, text]
-            yield [*map(escaped, (study.name, model, regularizer_words(text))),
+            yield [study.name, model, regularizer_words(text),
                    *(_mean(runs, f"success_{name}", lambda mean: number(mean, "%")) for name in names),
                    _mean(runs, "masking_flags", "{:.1f}".format)]
 
@@ -255,7 +253,7 @@ def table(studies, claim_id):
     """Display the rows of a claim, of all studies, and what `sampling.compared` says of them."""
     from IPython.display import display
     ledger = with_images(studies, claim_id)
-    display(claims.table(ledger, claim_id), Markdown(sampling.compared(ledger)))
+    display(claims.table(ledger, claim_id), Markdown("{}", sampling.compared(ledger)))
 
 # %% ../nbs/instruments/findings.ipynb #c34c0b0f
 _ours = tuple(claim.id for claim in claims.CLAIMS)
@@ -266,7 +264,7 @@ def added(studies, chapter):
     here = [claim.id for claim in claims.CLAIMS if claim.chapter == chapter]
     for claim_id in here:
         if claim_id in _ours: continue
-        display(Markdown(f"**{claim_id}.** {claims.get(claim_id).sentence}"))
+        display(Markdown("**{}.** {}", claim_id, claims.get(claim_id).sentence))
         if not judged_on(studies, claim_id):
             display(Markdown("No record here has what it is judged by."))
             continue
@@ -275,7 +273,7 @@ def added(studies, chapter):
         table(studies, claim_id)
     for figure in figures.FIGURES.values():
         if figure.claim in here or (figure.claim is None and chapter == "scorecard"):
-            display(Markdown(f"**{escaped(figure.name)}**"))
+            display(Markdown("**{}**", figure.name))
             show(studies, lambda study: figure.draw(_drawn_from(study, figure)))
 
 def _drawn_from(study, figure):

@@ -6,7 +6,7 @@
 __all__ = ['REGULARIZERS', 'DATA', 'MODELS', 'ATTACKS', 'VERDICTS', 'AUGMENTATIONS', 'DEPTHS', 'units', 'Table', 'source_of',
            'Strength', 'RegularizerRow', 'Part', 'parts', 'regularizer_words', 'regularizer_style', 'ordered',
            'DataRow', 'data_row', 'data_words', 'ModelRow', 'AttackRow', 'attack_words', 'VerdictRow', 'Recipe',
-           'check_batches', 'number', 'listed', 'capital']
+           'check_batches', 'number', 'listed', 'capital', 'visible', 'shown']
 
 # %% ../nbs/instruments/vocabulary.ipynb #1dd44f56
 import math, re
@@ -335,3 +335,22 @@ def listed(items):
 def capital(text):
     """`text` with a capital first letter."""
     return text[:1].upper() + text[1:]
+
+# %% ../nbs/instruments/vocabulary.ipynb #8c1adf3c
+def visible(value, longest=1000):
+    """`value` as one line of printable text of about `longest` letters at most."""
+    text = " ".join(str(value).split())
+    if len(text) > longest: text = f"{text[:longest]}… ({len(text)} letters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+# %% ../nbs/instruments/vocabulary.ipynb #ddc8005a
+_markup = re.compile(r"""[!"#$&'*<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)""")
+_markup_of_lines = re.compile(r"^(\d(?=\d*[.)](?:\s|$))|[.,:;/%+=()?-])")
+
+def _reference(found):
+    named = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+    return named.get(found[0]) or f"&#{ord(found[0])};"
+
+def shown(value):
+    """`value` as `visible` text that neither Markdown, MyST nor HTML takes for anything else."""
+    return _markup_of_lines.sub(_reference, _markup.sub(_reference, visible(value)))

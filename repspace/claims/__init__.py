@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'ledger_columns', 'pairs', 'ledger', 'Reproduction', 'reproduction', 'CLAIMS', 'Claim', 'Measure', 'Pair',
            'chapters', 'columns', 'get', 'kinds', 'paired_kinds', 'register', 'values', 'Markdown', 'TextTable',
-           'agreement', 'compare', 'counted', 'escaped', 'opening', 'overall', 'overview', 'scorecard', 'summary',
-           'table']
+           'agreement', 'compare', 'counted', 'joined', 'markdown_table', 'opening', 'overall', 'overview', 'scorecard',
+           'summary', 'table']
 
 # %% ../../nbs/instruments/claims/index.ipynb #d3005706
 import json
@@ -18,13 +18,13 @@ import pandas as pd
 from .. import records, stats
 from .statements import (CLAIMS, Claim, Measure, Pair, chapters, columns, get, kinds,
                                         paired_kinds, register, values)
-from .tables import (Markdown, TextTable, agreement, compare, counted, escaped, opening,
-                                    overall, overview, scorecard, summary, table)
+from .tables import (Markdown, TextTable, agreement, compare, counted, joined,
+                                    markdown_table, opening, overall, overview, scorecard, summary, table)
 from ..vocabulary import DATA, DataRow, ordered
 
 _all_ = ["CLAIMS", "Claim", "Measure", "Pair", "chapters", "columns", "get", "kinds", "paired_kinds",
-         "register", "values", "Markdown", "TextTable", "agreement", "compare", "counted", "escaped", "opening",
-         "overall", "overview", "scorecard", "summary", "table"]
+         "register", "values", "Markdown", "TextTable", "agreement", "compare", "counted", "joined",
+         "markdown_table", "opening", "overall", "overview", "scorecard", "summary", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def ledger(recorded, alpha=0.05, claim_ids=None, paired=None):
 # %% ../../nbs/instruments/claims/index.ipynb #c7a42114
 class Reproduction(NamedTuple):
     """How this machine's verdicts compare with the published ones: a sentence, and the rows."""
-    sentence: str
+    sentence: Markdown
     rows: pd.DataFrame
 
 def reproduction(study, runs=None, results=None):
@@ -162,15 +162,17 @@ def reproduction(study, runs=None, results=None):
     ledgers = []
     for source in ("published", "fresh"):
         if study not in records.studies(source, runs, results):
-            return Reproduction(f"There are no {source} records of {study} here, so there is nothing to compare."
-                                f" `make study STUDY={study} AFRESH=1` makes fresh ones.", pd.DataFrame())
+            nothing = Markdown("There are no {source} records of {study} here, so there is nothing to compare. "
+                               "`make study STUDY={study} AFRESH=1` makes fresh ones.", source=source, study=study)
+            return Reproduction(nothing, pd.DataFrame())
         try: ledgers.append(ledger(records.load(study, source, runs, results)))
         except ValueError as error:
-            return Reproduction(f"The {source} records of {study} cannot be read: {escaped(error)}", pd.DataFrame())
+            unreadable = Markdown("The {} records of {} cannot be read: {}", source, study, error)
+            return Reproduction(unreadable, pd.DataFrame())
     rows = compare(*ledgers)
     seeds = [int(judged["seeds"].max()) for judged in ledgers]
-    sentence = (f"{agreement(rows)} The first are the published verdicts ({seeds[0]} seeds), "
-                f"the second this machine's ({seeds[1]} seeds).")
+    sentence = Markdown("{} The first are the published verdicts ({} seeds), the second this machine's "
+                        "({} seeds).", agreement(rows), *seeds)
     names = {f"{what}_{side}": f"{what}, {whose}" for what in ("effect", "verdict")
              for side, whose in (("a", "published"), ("b", "here"))}
     return Reproduction(sentence, rows.rename(columns=names).drop(columns=["measure", "study"]))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
-           'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'legend', 'panels',
-           'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme', 'verdict_key', 'wrapped',
-           'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
+           'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
+           'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -16,15 +16,15 @@ import numpy as np
 import seaborn as sns
 
 from .. import calibration, claims, records, stats
-from .canvas import (Figure, by_model, full, half, ink, legend, panels,
-                                     regularizer_legend, row_height, short, size, subplots, theme,
+from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
+                                     regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
 from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, scorecard
-from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style,
-                                 regularizer_words)
+from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
-_all_ = ["Figure", "by_model", "full", "half", "ink", "legend", "panels", "regularizer_legend",
+_all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
+         "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
          "plane_regions", "planes", "effects", "scorecard"]
 
@@ -47,8 +47,8 @@ def paired_lines(runs, column, label=None, caption=None):
             before, after = pairs.mean(0) if len(pairs) else (np.nan, np.nan)
             shown.append((model, text, f"{short(before)} → {short(after)} (up in "
                          f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
-        ax.set_xticks(range(len(others)), [wrapped(regularizer_words(text), 10) for text in others])
-        ax.set(title=model, xlim=(-0.6, len(others) - 0.4))
+        ax.set_xticks(range(len(others)), [wrapped(regularizer_label(text), 10) for text in others])
+        ax.set(title=label_of(model), xlim=(-0.6, len(others) - 0.4))
     axes[models[0]].set_ylabel(label or column)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label or column)}, plain → regularized, mean over seeds. {by_model(shown)}"
@@ -86,7 +86,7 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
             at = np.interp(reference, eps, mean) if reference else mean[-1]
             shown.append((model, text, f"{100 * at:.0f} %"))
         if reference: ax.axvline(reference, color=ink, lw=0.8, ls="--")
-        ax.set(title=model, xlabel="ε / 255", ylim=(-0.02, 1.02))
+        ax.set(title=label_of(model), xlabel="ε / 255", ylim=(-0.02, 1.02))
         if eps[-1] > 20 * eps[0]:
             ax.set_xscale("log")
             ax.set_xticks(eps, [f"{e:g}" for e in eps])
@@ -117,7 +117,7 @@ def training(runs, column, label=None, target=None, caption=None):
                 level = group[target].astype(float).mean()
                 ax.axhline(level, color=look["color"], ls="--", lw=0.9)
                 shown[-1] = (model, text, f"{mean[-1]:.3g} (dashed: {level:.3g})")
-        ax.set(title=model, xlabel="epoch")
+        ax.set(title=label_of(model), xlabel="epoch")
     axes[models[0]].set_ylabel(label)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label)} in the last epoch, mean over seeds. {by_model(shown)}"
@@ -155,8 +155,8 @@ def reliability(tables, caption=None):
             else:
                 gap = _reliability_panel(ax, title, tables[model, title])
                 shown.append((model, title, number(gap, signed=True)))
-        axes[i, 0].set_ylabel(f"{model}\naccuracy".strip())
-    for ax, title in zip(axes[0], titles): ax.set_title(regularizer_words(title))
+        axes[i, 0].set_ylabel(f"{label_of(model)}\naccuracy".strip())
+    for ax, title in zip(axes[0], titles): ax.set_title(regularizer_label(title))
     for ax in axes[-1]: ax.set_xlabel("confidence")
     finding = f"Mean confidence − accuracy. {by_model(shown)}"
     return Figure(fig, caption or f"{finding} Dots below the diagonal are overconfident.",
@@ -196,10 +196,10 @@ def distributions(recorded, column, label=None, caption=None):
             sns.kdeplot(x=group[column], ax=ax, color=regularizer_style(text)["color"], cut=0, lw=1.5,
                         ls=lines[i % 4])
             shown.append((model, text, f"{group[column].median():.3g}"))
-        ax.set(title=model, xlabel=wrapped(label or column, 44), ylabel="", yticks=[])
+        ax.set(title=label_of(model), xlabel=wrapped(label or column, 44), ylabel="", yticks=[])
         ax.spines["left"].set_visible(False)
     axes[models[0]].set_ylabel("density")
-    handles = [plt.Line2D([], [], color=regularizer_style(text)["color"], ls=lines[i % 4], label=regularizer_words(text))
+    handles = [plt.Line2D([], [], color=regularizer_style(text)["color"], ls=lines[i % 4], label=regularizer_label(text))
                for i, text in enumerate(texts)]
     legend(fig, handles)
     finding = f"Median over test images of all seeds: {label or column}. {by_model(shown)}"

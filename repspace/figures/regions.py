@@ -11,8 +11,8 @@ import seaborn as sns
 
 from .. import geometry
 from ..arrays import check_head, check_labels, to_numpy
-from .canvas import Figure, by_model, full, ink, subplots, theme
-from ..vocabulary import ordered, regularizer_words
+from .canvas import Figure, by_model, full, ink, regularizer_label, subplots, theme
+from ..vocabulary import ordered
 
 # %% ../../nbs/instruments/figures/regions.ipynb #6119838a
 class_colors = sns.color_palette("colorblind", 10)
@@ -61,7 +61,7 @@ def plane_regions(nets, caption=None, columns=3):
     counts = []
     for ax, (title, net) in zip(axes.flat, nets.items()):
         regions = _plane_panel(ax, **net)
-        ax.set_title(regularizer_words(title))
+        ax.set_title(regularizer_label(title))
         ax.spines[:].set_visible(True)
         counts.append(("", title, f"{regions} {'region' if regions == 1 else 'regions'}"))
     for ax in axes.flat[len(nets):]: ax.set_axis_off()

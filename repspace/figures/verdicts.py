@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..claims.tables import counted, of_claim
-from .canvas import (Figure, full, ink, regularizer_legend, subplots, theme, verdict_key,
+from .canvas import (Figure, full, ink, label_of, regularizer_label, regularizer_legend, subplots, theme, verdict_key,
                                      wrapped)
-from ..vocabulary import VERDICTS, ordered, regularizer_style, regularizer_words, units
+from ..vocabulary import VERDICTS, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #33b02cb0
 def _effect_line(ax, row, y):
@@ -63,7 +63,7 @@ def effects(ledger, claim_id, caption=None):
             chosen = of_one[of_one["model"] == model]
             if chosen.empty: ax.set_axis_off()
             else: _effect_panel(ax, chosen, lines)
-    for ax, model in zip(axes[0], models): ax.set_title(model)
+    for ax, model in zip(axes[0], models): ax.set_title(label_of(model))
     regularizer_legend(fig, rows["regularizer"])
     fig.supxlabel(verdict_key(rows["verdict"]), fontsize=8)
     caption = caption or (f"{len(rows)} effects: {counted(rows['verdict'])}. Points are seeds, lines their "
@@ -71,7 +71,7 @@ def effects(ledger, claim_id, caption=None):
                           "matters or, where a claim is of equality, what is claimed.")
     by_measure = "; ".join(f"{label}: {counted(of_label['verdict'])}"
                            for label, of_label in rows.groupby("label", sort=False))
-    alt = f"Forest plot of the claim {claim_id} on {', '.join(models)}. {by_measure}."
+    alt = f"Forest plot of the claim {claim_id} on {', '.join(map(label_of, models))}. {by_measure}."
     return Figure(fig, caption, alt)
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #802724c1
@@ -94,7 +94,7 @@ def _scorecard_axes(ax, lines, nets, order):
     xs = {(*net, r): i * (len(order) + 0.35) + j
           for i, net in enumerate(nets) for j, r in enumerate(order)}
     ax.set(xlim=(-0.6, max(xs.values()) + 0.6), ylim=(len(lines) - 0.4, -0.6))
-    ax.set_xticks(list(xs.values()), [regularizer_words(r).replace(" ", "\n") for *_, r in xs], fontsize=7)
+    ax.set_xticks(list(xs.values()), [regularizer_label(r).replace(" ", "\n") for *_, r in xs], fontsize=7)
     ax.set_yticks(range(len(lines)), [label or claim for claim, label in lines], fontsize=7.5)
     for tick, (_, label) in zip(ax.get_yticklabels(), lines):
         tick.set_fontweight("normal" if label else "bold")
@@ -102,7 +102,7 @@ def _scorecard_axes(ax, lines, nets, order):
     ax.spines[:].set_visible(False)
     above = ax.secondary_xaxis("top")
     middles = [np.mean([xs[*net, r] for r in order]) for net in nets]
-    above.set_xticks(middles, [f"{study}\n{model}\n\n\n" for study, model in nets], fontweight="bold")
+    above.set_xticks(middles, [f"{label_of(study)}\n{label_of(model)}\n\n\n" for study, model in nets], fontweight="bold")
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
     return xs
@@ -130,11 +130,11 @@ def scorecard(ledger, measures=False, caption=None):
     return Figure(fig, caption or _scorecard_caption(ledger, measures), _scorecard_alt(ledger))
 
 def _scorecard_caption(ledger, measures):
-    by_study = "; ".join(f"{study}: {len(verdicts)} verdicts, {counted(verdicts)}"
+    by_study = "; ".join(f"{label_of(study)}: {len(verdicts)} verdicts, {counted(verdicts)}"
                          for study, verdicts in ledger.groupby("study", sort=False)["verdict"])
     return f"{by_study}." + ("" if measures else " A number counts the measures of a claim.")
 
 def _scorecard_alt(ledger):
-    by_claim = "; ".join(f"{study}, {claim}: {counted(verdicts)}" for (study, claim), verdicts
+    by_claim = "; ".join(f"{label_of(study)}, {claim}: {counted(verdicts)}" for (study, claim), verdicts
                          in ledger.groupby(["study", "claim"], sort=False)["verdict"])
     return f"Grid of verdicts by claim and condition. {by_claim}."

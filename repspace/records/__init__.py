@@ -27,7 +27,7 @@ from .run import (FILES, NEEDED, SCHEMA, check, clear_failed, failure, joined,
                                   mark_failed, picked, read, read_parts, read_run, remove_unfinished,
                                   set_aside, write)
 from .transaction import MANIFEST, PUBLISHED
-from ..vocabulary import Recipe
+from ..vocabulary import Recipe, visible
 
 _all_ = ["Damaged", "FILES", "NEEDED", "NotOurs", "Published", "SCHEMA", "Unreadable", "check",
          "check_slug", "clear_failed", "failure", "mark_failed", "publish", "read_run",
@@ -190,7 +190,8 @@ class Records(_Tables):
 
     def _repr_html_(self):
         hidden = ["settings", "made", "recipe", "history", "curves"]
-        table = self.runs.drop(columns=hidden, errors="ignore").to_html(index=False, max_rows=8)
+        text = self.runs.drop(columns=hidden, errors="ignore").map(lambda x: visible(x) if isinstance(x, str) else x)
+        table = text.to_html(index=False, max_rows=8)
         return f"<p>{len(self.runs)} runs, {len(self.samples)} samples</p>{table}"
 
 # %% ../../nbs/instruments/records/index.ipynb #edab7d58

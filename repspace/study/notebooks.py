@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import records
 from .definition import HOME
+from ..vocabulary import shown
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def execute_condition(job):
     """Execute the condition notebook of `job`; its title and metadata then say which it is."""
     def edit(notebook):
         lines = notebook.cells[0].source.splitlines()
-        notebook.cells[0].source = "\n".join([f"# {job.title}", *lines[1:]])
+        notebook.cells[0].source = "\n".join([f"# {shown(job.title)}", *lines[1:]])
         notebook.metadata["repspace"] = _notebook_key(job)
     parameters = job.condition | {"study": job.study, "seeds": job.seeds, "published": job.published}
     execute_notebook(template(job.template), job.notebook, parameters, edit=edit, modules=job.modules)
