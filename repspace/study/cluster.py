@@ -180,7 +180,7 @@ def _deliver(returned, folder, runs):
     with tempfile.TemporaryDirectory(prefix="repspace-") as place:
         place = Path(place)
         for name in records.FILES: (place / name).write_bytes(files[name])
-        run, samples = records.check(place), pd.read_parquet(place / "samples.parquet")
+        run, samples = records.check(place, folder), pd.read_parquet(place / "samples.parquet")
         logits, head = (load_file(place / f"{name}.safetensors") for name in ("logits", "head"))
         records.write(folder, run, samples, logits, head)
 
