@@ -1,16 +1,20 @@
 """What a study takes in: data that were replaced, weights of another run, folders of other people, machines that lack something."""
 import os
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from repspace import records
-from repspace.study import checkpoint, digests
+from repspace import data, records, study
+from repspace.study import checkpoint, cluster, definition, digests, jobs, notebooks
 from repspace.study.__main__ import main
 from repspace.study.checkpoint import Unusable, read_bound
 from repspace.study.condition import Condition, load_classifier, missing_seeds, run_condition, run_settings, weights_path
@@ -253,3 +257,171 @@ def test_the_checkpoint_goes_only_when_the_weights_are_on_the_disk(place, monkey
     monkeypatch.setattr(records, "write_file", write)
     make([0])
     assert [len(files) for files in there] == [1, 1] and not list(path.parent.glob("*.checkpoint"))
+
+
+# Places where others may write
+
+def small_study(name="mine", data="digits", **recipe):
+    return yaml.safe_dump({"study": name, "seeds": 1, "grid": [{
+        "data": data, "models": ["tiny-cnn"], "regularizers": ["none"], "recipe": TINY.recipe | recipe}]})
+
+
+def test_a_study_above_the_working_directory_is_not_found(place, monkeypatch, caplog):
+    above, here = place / "nbs" / "experiments", place / "down" / "here"
+    above.mkdir(parents=True)
+    (here / "nbs" / "experiments").mkdir(parents=True)
+    for folder, epochs in ((above, 7), (here / "nbs" / "experiments", 3)):
+        (folder / "mine.yaml").write_text(small_study(epochs=epochs))
+        (folder / "condition.ipynb").write_text("{}")
+    (above / "digits.yaml").write_text(small_study("digits"))
+    monkeypatch.chdir(here)
+    assert study.read("mine").conditions[0].recipe["epochs"] == 3
+    assert len(study.read("digits").conditions) == 8, "the package's, not that of the folder above"
+    assert notebooks.template() == definition.HOME / "condition.ipynb"
+    monkeypatch.chdir(place / "down")
+    with pytest.raises(ValueError, match="study 'mine' is unknown"):
+        study.read("mine")
+    assert study.read("../nbs/experiments/mine.yaml").conditions[0].recipe["epochs"] == 7, "what is named is taken"
+    monkeypatch.chdir(here)
+    for folder in (here, here / "nbs" / "experiments"):
+        folder.chmod(0o777)
+        with pytest.raises(ValueError, match="study 'mine' is unknown"):
+            study.read("mine")
+        assert "is not searched, since others can write to it" in caplog.text
+        folder.chmod(0o755)
+
+
+def test_a_template_is_executed_only_if_it_is_the_packages_or_named(place):
+    with pytest.raises(ValueError, match="no.ipynb is not there"):
+        study.run(study.read(write(place, small_study())), notebooks="book", template="no.ipynb")
+    assert main(["mine.yaml", "--notebooks", "book", "--template", "no.ipynb"]) == 2
+    mine = nbformat.read(notebooks.template(), 4)
+    mine.cells.append(nbformat.v4.new_code_cell("6 * 7"))
+    nbformat.write(mine, place / "my.ipynb")
+    assert main(["mine.yaml", "--notebooks", "book", "--template", "my.ipynb", "--afresh"]) == 0
+    executed, = (place / "book").iterdir()
+    assert nbformat.read(executed, 4).cells[-1].outputs[0].data["text/plain"] == "42"
+
+
+def test_what_a_node_keeps_lies_in_a_folder_that_is_closed_to_others(cache, monkeypatch, caplog):
+    kept = cluster._place("abc")
+    assert kept == cache.parent / "cluster" / "abc" == cluster._place("abc")
+    kept.parent.chmod(0o755)
+    other, third = cluster._place("abc"), cluster._place("abc")
+    assert len({kept, other, third}) == 3 and other.stat().st_mode & 0o777 == 0o700, "nobody can guess it"
+    assert "is not used" in caplog.text
+    other.rmdir(), third.rmdir()
+
+
+def test_a_node_with_other_data_is_found_out(place, images, monkeypatch):
+    condition = Condition(f"folder:{images}", "tiny-cnn", "none", RECIPE)
+    run_condition(condition, [0], "tiny", place / "away", progress=False)
+    folder = records.run_folder("tiny", condition.slug, 0, place / "away")
+    returned = cluster.Returned("node-7", 0, "", {name: (folder / name).read_bytes() for name in records.FILES}, {})
+    paint(images / "test" / "two" / "3.png", 99)
+    here = records.run_folder("tiny", condition.slug, 0)
+    with pytest.raises(ValueError, match="node-7 made another run than was asked for: the data there"):
+        cluster._deliver(returned, here, place / "runs", records.identity(run_settings(condition, 0)))
+    assert not here.exists()
+
+
+# Surroundings
+
+def write(place, text):
+    (place / "mine.yaml").write_text(text)
+    return place / "mine.yaml"
+
+
+def command(place, *words, before="", **environment):
+    """A study as a process in a shell → (exit code, what it said)."""
+    words = [sys.executable, "-m", "repspace.study", "mine.yaml", "--afresh", *words]
+    done = subprocess.run(["sh", "-c", f"{before} exec \"$@\" {environment.pop('to', '')}", "sh", *map(str, words)], cwd=place,
+                          env=os.environ | environment, text=True, capture_output=True, timeout=280)
+    return done.returncode, done.stdout + done.stderr
+
+
+def made(place):
+    return len(list(place.glob("runs/mine/*/0/run.json")))
+
+
+def test_without_a_home_a_study_is_made_all_the_same(place):
+    write(place, small_study())
+    code, said = command(place, "--notebooks", "book", HOME="/dev/null", XDG_CACHE_HOME="", TMPDIR=str(place))
+    assert code == 0 and made(place) == 1 and "Traceback" not in said, said
+
+
+def test_with_a_long_tmpdir_a_study_is_made_all_the_same(place):
+    long = place / ("x" * 97)
+    long.mkdir()
+    write(place, small_study())
+    code, said = command(place, "--notebooks", "book", TMPDIR=str(long))
+    assert code == 0 and made(place) == 1 and not list(long.iterdir()), said
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_with_closed_streams_a_study_is_made_and_nothing_is_written_into_its_files(place, closed):
+    write(place, small_study())
+    code, said = command(place, to=closed)
+    assert code == 0 and made(place) == 1, said
+    assert records.load("mine", "fresh").runs.seed.tolist() == [0]
+    (place / "mine.yaml").write_text("study: [")
+    assert command(place, to=closed)[0] == 2
+
+
+def test_a_stopped_holder_of_a_lock_is_named_until_it_goes_on(place):
+    write(place, small_study())
+    folder = records.run_folder("mine", "digits.tiny-cnn.none", 0).parent
+    folder.mkdir(parents=True)
+    program = f"from repspace.study.locks import held; h = held({str(folder / '.lock')!r}); h.__enter__(); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    holder.send_signal(signal.SIGSTOP)
+    for words in ([], ["--notebooks", "book"]):
+        waits = subprocess.Popen([sys.executable, "-m", "repspace.study", "mine.yaml", "--afresh", *words], cwd=place, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for line in waits.stdout:
+            if line.startswith("waiting for "): break
+        assert f"which process {holder.pid} on" in line and "holds since 20" in line and f"kill -CONT {holder.pid}" in line
+        if words:
+            holder.kill()
+            holder.communicate()
+            assert waits.wait(200) == 0 and made(place) == 1
+        else:
+            waits.kill()
+        waits.communicate()
+
+
+@pytest.fixture
+def read_only(place):
+    """Makes runs/ a disk that is read-only."""
+    def turn(how):
+        if subprocess.run(["mount", *how, place / "runs"], capture_output=True).returncode:
+            pytest.skip("mounting is not allowed here")
+    turn(["-t", "tmpfs", "tmpfs"])
+    yield lambda: turn(["-o", "remount,ro"])
+    subprocess.run(["umount", "-l", place / "runs"], check=True)
+
+
+def test_runs_on_a_disk_that_is_read_only(place, read_only, capsys):
+    write(place, small_study())
+    condition = study.read("mine.yaml").conditions[0]
+    assert run_condition(condition, [0], "mine", progress=False).status.tolist() == ["made"]
+    read_only()
+    assert main(["mine.yaml"]) == 0 and "1 runs were there, 0 were made" in capsys.readouterr().out
+    assert run_condition(condition, [0], "mine", progress=False).status.tolist() == ["done"]
+    write(place, small_study(epochs=2))
+    assert main(["mine.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "Read-only file system" in said and f"{place}/runs" in said and "Traceback" not in said, said
+    write(place, small_study("other"))
+    assert main(["mine.yaml"]) == 2
+    assert f"records cannot be written to {place}/runs (Read-only file system): name another" in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_downloaded_to_their_folder_are_read_from_it(place, monkeypatch):
+    monkeypatch.setenv("REPSPACE_DATA", "/dev/null/data")
+    asked = []
+    monkeypatch.setattr(data, "load", lambda name, **options: asked.append((name, options)))
+    jobs.fetch_data("cifar10")
+    jobs.fetch_data("digits")
+    assert asked == [("cifar10", {"download": False}), ("digits", {})]
