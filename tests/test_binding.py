@@ -13,6 +13,7 @@ import textwrap
 import time
 import tracemalloc
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -678,7 +679,7 @@ def test_all_that_is_published_is_bound_and_verified_within_a_second(caplog):
     assert studies and time.perf_counter() - begun < 1
     for study in studies:
         for run in records.Folders().published(study).runs.values():
-            defaults = Recipe().__dict__
+            defaults = {field.name: field.default for field in fields(Recipe)}
             recipe = {k: v for k, v in run["recipe"].items() if k not in defaults or defaults[k] != v}
             assert run["identity"] == records.identity(run | {"recipe": recipe})
     assert "schema 2" not in caplog.text

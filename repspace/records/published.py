@@ -172,7 +172,7 @@ def _check_changes(study, before, after, drop):
     gone = sorted(name for name, run in known.items() if run not in after)
     if kept := sorted(set(gone) - set(drop)):
         raise ValueError(f"{len(kept)} of the {len(before)} published runs of {study} are not among the wanted ones, "
-                         f"and would go: {', '.join(kept)}; if they are to, name them: drop={kept}")
+                         f"and would go: {', '.join(kept)}; if they are to, name them: drop={kept}, or --drop")
     if not after: raise ValueError(f"nothing would be left of {study}: delete its folder instead")
     stay = sum(before.get(name) == line for name, line in after.items())
     new = len(set(after) - set(before))

@@ -140,12 +140,15 @@ def run(study, on="local", runs=None, notebooks=None, published=True, workers=No
     return _outcome(study, missing, reasons, progress.before, begun)
 
 # %% ../../nbs/instruments/study/index.ipynb #5d0d5f56
-def publish(study, runs=None, results=None):
-    """Gather the records of `study` (as in `run`) into `results/<study>/`; returns that folder."""
+def publish(study, runs=None, results=None, drop=()):
+    """Gather the records of `study` (as in `run`) into `results/<study>/`; returns that folder.
+
+    `drop`: published runs that are to go, as in `records.publish`: those that the study no longer
+    has go only when they are named."""
     study = study if isinstance(study, Study) else read(study)
     wanted = {records.identity(run_settings(condition, seed))
               for condition in study.conditions for seed in study.seeds}
-    folder = records.publish(study.name, runs, results, wanted)
+    folder = records.publish(study.name, runs, results, wanted, drop)
     lacking = len(wanted) - len(records.published_identities(study.name, results))
     if lacking: log.warning("%d of the %d runs have no record to publish", lacking, len(wanted))
     return folder

@@ -23,6 +23,8 @@ def _arguments(words):
                         help="import this module first, which registers what the study names")
     if publishing:
         parser.add_argument("--results", metavar="DIR", help="default: results/")
+        parser.add_argument("--drop", metavar="CONDITION/SEED", action="append", default=[],
+                            help="let this published run go, which the study no longer has")
         return parser.parse_args(words[1:])
     parser.add_argument("--afresh", action="store_true", help="do not count published runs as done")
     parser.add_argument("--notebooks", metavar="DIR", help="execute condition notebooks into DIR")
@@ -56,7 +58,7 @@ def main(words=None):
     try:
         import_modules(arguments.modules)
         if "results" in arguments:
-            print(publish(arguments.study, arguments.runs, arguments.results))
+            print(publish(arguments.study, arguments.runs, arguments.results, arguments.drop))
             return 0
         outcome = run(arguments.study, arguments.on, arguments.runs, arguments.notebooks,
                       not arguments.afresh, arguments.workers, arguments.gpus, arguments.template)
