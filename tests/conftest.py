@@ -1,5 +1,6 @@
 """What the tests of studies share."""
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,3 +15,14 @@ def place(tmp_path, monkeypatch):
     for name in ("runs", "results"):
         (tmp_path / name).mkdir()
     return tmp_path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-seconds", type=float, default=0, help="how long a campaign of damaged files lasts")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the number of its first input")
+
+
+@pytest.fixture
+def fuzz(request):
+    """How long a campaign lasts (`seconds`, 0: as it likes), and where it begins (`seed`)."""
+    return SimpleNamespace(seconds=request.config.getoption("--fuzz-seconds"), seed=request.config.getoption("--fuzz-seed"))

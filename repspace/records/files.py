@@ -10,7 +10,7 @@ __all__ = ['MISSING', 'DAMAGE', 'FAULTS', 'LARGE', 'RATIO', 'Damaged', 'NotOurs'
            'write_arrays']
 
 # %% ../../nbs/instruments/records/files.ipynb #159d10c0
-import errno, hashlib, io, json, math, os, shutil, struct, uuid, zipfile, zlib
+import errno, hashlib, io, json, math, os, re, shutil, struct, uuid, zipfile, zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Unreadable(OSError):
 def damaged(path, reason):
     """The `Damaged` that names the file `path`; `reason`: an exception, or text."""
     lines = str(reason).splitlines() or [type(reason).__name__]
-    return Damaged(f"{path} is damaged or missing: {lines[0]}")
+    return Damaged(f"{path} is damaged or missing: {lines[0][:300]}")
 
 def unreadable(path, number):
     """The `Unreadable` that names the file `path`; `number`: of the operating system's error."""
@@ -52,7 +52,8 @@ def naming(path):
     except (Damaged, NotOurs, Unreadable): raise
     except MemoryError as error: raise unreadable(path, errno.ENOMEM) from error
     except OSError as error:
-        if error.errno and not isinstance(error, MISSING): raise unreadable(path, error.errno) from error
+        missing = isinstance(error, MISSING) or error.errno == errno.ELOOP   # a link to itself
+        if error.errno and not missing: raise unreadable(path, error.errno) from error
         raise damaged(path, error) from error
     except DAMAGE as error: raise damaged(path, error) from error
 
@@ -139,10 +140,8 @@ def frame(content):
     groups = pq.read_metadata(io.BytesIO(content))
     rows = sum(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
     check_size(8 * max(rows, groups.num_rows) * groups.num_columns, len(content))
-    try: return pd.read_parquet(io.BytesIO(content), page_checksum_verification=True)
-    except TypeError as error:   # the name of a column's type is damaged
-        if "not understood" not in str(error): raise
-        raise ValueError(error) from error
+    table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    return table.to_pandas(ignore_metadata=True)   # what pandas noted is text that may say anything
 
 def read_frame(path, sha256=None):
     """The table of the Parquet file `path`; `sha256` as in `read_file`."""
@@ -154,10 +153,15 @@ def read_arrays(path, sha256=None):
     return dict(sorted(read_file(path, safe.load, sha256).items()))   # safetensors gives them in any order
 
 # %% ../../nbs/instruments/records/files.ipynb #1a0b3c15
+_HEADER = re.compile(rb"""\{'descr': '[^'\\\n]{1,20}', 'fortran_order': (True|False), """
+                     rb"""'shape': \(((0|[1-9]\d{0,18}), ?)*(0|[1-9]\d{0,18})?\), \} *\n""")
+
 def _array(content):
     """The array of numbers that the bytes of an `.npy` file hold."""
     file, kinds = io.BytesIO(content), "biuf"
     if np.lib.format.read_magic(file) != (1, 0): raise ValueError("it is of another version of npy")
+    if not _HEADER.fullmatch(content[10:10 + int.from_bytes(content[8:10], "little")]):
+        raise ValueError("its header is not as NumPy writes it")   # which would be read as an expression
     shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.kind not in kinds: raise ValueError(f"it holds an array of {dtype}, not of numbers")
     values = np.frombuffer(content[file.tell():], dtype)

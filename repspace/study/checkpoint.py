@@ -70,11 +70,15 @@ def _parsed(content):
     if not whole: raise Unusable("its checksum is another")
     return about, tensors
 
+def _bytes(path):
+    with open(path, "rb") as file: return file.read()
+
 def read_bound(path, of):
     """(about, name → tensor) of the file that `write_bound` wrote to `path` for `of`; else `Unusable`."""
-    with open(path, "rb") as file: content = file.read()
+    try: content = _bytes(path)
+    except (IsADirectoryError, NotADirectoryError) as error: raise Unusable(f"{path} is damaged: it is no file") from error
     try: about, tensors = _parsed(content)
-    except Unusable as error: raise Unusable(f"{path} is damaged: {error}") from error
+    except Unusable as error: raise Unusable(f"{path} is damaged: {str(error)[:300]}") from error
     wanted = of | {"file": Path(path).name}
     if about["of"] != wanted: raise Unusable(f"{path} is not what it is called: it is of {about['of']}, not of {wanted}")
     return about, tensors

@@ -105,6 +105,11 @@ def _check_keys(node):
                              f"{_line(key)}: keep one of them")
         lines[key.value] = _line(key)
 
+def _check_tag(node, loader):
+    """`ValueError` if a `!!tag` before the scalar `node` says that it is what it does not look like."""
+    if node.tag in (loader.DEFAULT_SCALAR_TAG, loader.resolve(yaml.ScalarNode, node.value, (True, False))): return
+    raise ValueError(f"{_line(node)}: {node.value[:100]!r} is no {node.tag.rpartition(':')[2][:100]}: take away the tag (!) before it")
+
 def _check_number(node):
     """`ValueError` if YAML reads the number of `node` in another way than it is written."""
     kind = node.tag.rpartition(":")[2]
@@ -155,7 +160,7 @@ def _content(text):
         _check_names(root)
         for node in nodes:
             if isinstance(node, yaml.MappingNode): _check_keys(node)
-            elif isinstance(node, yaml.ScalarNode): _check_number(node)
+            elif isinstance(node, yaml.ScalarNode): _check_tag(node, loader), _check_number(node)
         return loader.construct_document(root)
     finally: loader.dispose()
 
