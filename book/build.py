@@ -416,7 +416,7 @@ def make(build, runs, executed, args):
 
 # What is in the way, and not wrong here.
 SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EMFILE,
-                errno.ENFILE, errno.ENOTDIR}
+                errno.ENFILE, errno.ENOTDIR, errno.EEXIST}
 
 if __name__ == "__main__":
     try:
