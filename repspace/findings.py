@@ -264,7 +264,7 @@ def added(studies, chapter):
     here = [claim.id for claim in claims.CLAIMS if claim.chapter == chapter]
     for claim_id in here:
         if claim_id in _ours: continue
-        display(Markdown("## {}", claims.get(claim_id).sentence))
+        display(Markdown("**{}.** {}", claim_id, claims.get(claim_id).sentence))
         if not judged_on(studies, claim_id):
             display(Markdown("No record here has what it is judged by."))
             continue
@@ -273,7 +273,7 @@ def added(studies, chapter):
         table(studies, claim_id)
     for figure in figures.FIGURES.values():
         if figure.claim in here or (figure.claim is None and chapter == "scorecard"):
-            display(Markdown("## {}", figure.name))
+            display(Markdown("**{}**", figure.name))
             show(studies, lambda study: figure.draw(_drawn_from(study, figure)))
 
 def _drawn_from(study, figure):

@@ -151,7 +151,8 @@ class DataRow(NamedTuple):
 
     `split_by_seed`: whether a run's seed draws its split. `attack_images`: so many test images are
     attacked (None: all); `published`: the rows of so many are published. `train_images` and
-    `classes`: how many it has; None where that is known only when it is loaded."""
+    `classes`: how many it has; None where that is known only when it is loaded. `digest`: 64 hexadecimal
+    digits by which one knows its content; empty where that is to be looked at."""
     name: str
     words: str
     reference: float
@@ -165,13 +166,16 @@ class DataRow(NamedTuple):
     train_images: int | None = None
     classes: int | None = None
     source: str = ""
+    digest: str = ""
 
 _natural = dict(reference=0.4, grid=(0.1, 0.2, 0.4, 1, 2, 4, 8))
 DATA = Table("data", [
     DataRow("digits", "8×8 digits", 16, (8, 16, 24, 32, 48, 64), published=200, attack_images=None,
             min_seeds=10, split_by_seed=True, train_images=200, classes=10),
-    DataRow("cifar10", "CIFAR-10", train_images=50_000, classes=10, **_natural),
-    DataRow("cifar100", "CIFAR-100", train_images=50_000, classes=100, **_natural),
+    DataRow("cifar10", "CIFAR-10", train_images=50_000, classes=10, **_natural,
+            digest="f1c51809828e6c098a2e14d9748984bdf9d03fea0ff743faaf58350938aed564"),
+    DataRow("cifar100", "CIFAR-100", train_images=50_000, classes=100, **_natural,
+            digest="c1c2ac3e5283f6ce8660b6844347da416956207e412597dc7a3672c72c5ad2b7"),
     DataRow("folder", "images of a folder", **_natural)])
 
 def data_row(name):

@@ -26,11 +26,11 @@ def seeded(seed=0):
 @pytest.fixture(scope="module")
 def digits():
     """A network on the digits trained until it is sure of itself, and 200 test images."""
-    found = data.load("digits")
+    dataset = data.load("digits")
     recipe = train.Recipe(epochs=80, batch_size=50, lr=0.1)
-    net = train.new_classifier("tiny-cnn", found, recipe, seed=0)
-    train.fit(net, found, recipe, regularize.get("none"), seed=0)
-    return net, data.as_float(found.test.images[:200]), found.test.labels[:200]
+    net = train.new_classifier("tiny-cnn", dataset, recipe, seed=0)
+    train.fit(net, dataset, recipe, regularize.get("none"), seed=0)
+    return net, data.as_float(dataset.test.images[:200]), dataset.test.labels[:200]
 
 
 def right(net, x, y):

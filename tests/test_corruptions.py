@@ -55,9 +55,9 @@ def test_an_image_does_not_depend_on_those_that_come_after_it(name):
 def test_other_dtypes_and_memory_formats(name, dtype):
     x = images((3, 16, 16))
     expected, precise = corrupt(x, name, 3), torch.finfo(dtype).eps
-    found = corrupt(x.to(dtype), name, 3)
-    assert found.dtype == dtype
-    apart = (found.float() - expected).abs()
+    worse = corrupt(x.to(dtype), name, 3)
+    assert worse.dtype == dtype
+    apart = (worse.float() - expected).abs()
     assert apart.median() <= max(4 * precise, 1e-6)
     last = corrupt(x.to(memory_format=torch.channels_last), name, 3)
     assert torch.allclose(last, expected, atol=1e-6)
@@ -108,8 +108,8 @@ def test_contrast_and_brightness_agree_with_their_formulas(severity):
 def test_jpeg_agrees_with_a_file_of_pillow_and_with_torchvision(severity, shape):
     """A JPEG file of that quality, written and read; and torchvision's codec for tensors."""
     x, quality = images(shape), STRENGTHS["jpeg"][1][severity - 1]
-    found = (corrupt(x, "jpeg", severity) * 255).round()
-    for image, ours in zip((x * 255).round().byte(), found):
+    back = (corrupt(x, "jpeg", severity) * 255).round()
+    for image, ours in zip((x * 255).round().byte(), back):
         file = io.BytesIO()
         pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
         PIL.Image.fromarray(pixels).save(file, "JPEG", quality=quality)
@@ -119,7 +119,7 @@ def test_jpeg_agrees_with_a_file_of_pillow_and_with_torchvision(severity, shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = jpeg_image((x * 255).round().byte(), quality)
-        assert (found - theirs).abs().quantile(0.95) <= 2
+        assert (back - theirs).abs().quantile(0.95) <= 2
 
 
 class Net(torch.nn.Module):

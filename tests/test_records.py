@@ -28,7 +28,7 @@ def made_up(seed, condition=CONDITION, n=40, **settings):
     rng = np.random.default_rng(seed)
     labels, clean = rng.integers(3, size=n), rng.normal(size=(n, 3)).astype(np.float32)
     run = dict(study="s", condition=condition, seed=seed, data="digits", model="tiny-cnn", feature_dim=None,
-               regularizer="none", recipe={"epochs": 5}, measures="standard") | settings
+               regularizer="none", recipe={"epochs": 5}, measures="standard", data_digest="d" * 64) | settings
     run |= dict(identity=records.identity(run), scalars={"accuracy": rng.random(), "undefined": float("nan")},
                 curves={"fgsm": {"eps": [8, 16], "success": [0.1, 0.2]}}, history={"loss": [2.0, 1.0]},
                 seconds={"train": 1.0, "measure": 2.0}, provenance={"version": "0.1.0", "code": "c", "commit": None})
@@ -48,6 +48,15 @@ def place(tmp_path, monkeypatch):
     for seed in range(3):
         records.write(folder(tmp_path, seed), *made_up(seed))
     return tmp_path
+
+
+def as_schema_2(root):
+    """Make what is published in `root` such as it was before there were checksums."""
+    (root / "manifest.json").unlink()
+    lines = [json.loads(line) for line in (root / "runs.jsonl").read_text().splitlines()]
+    new = ("parts", "data_digest")
+    (root / "runs.jsonl").write_text("".join(
+        json.dumps({k: v for k, v in line.items() if k not in new} | {"schema": 2}, sort_keys=True) + "\n" for line in lines))
 
 
 def folder(place, seed, condition=CONDITION):
@@ -187,6 +196,7 @@ def test_publishing_in_rounds_rounds_nothing_twice(place):
 
 def test_results_published_uncompressed_are_read_and_then_compressed(place):
     root = records.publish("s")
+    as_schema_2(root)
     for name, head in (("logits", False), ("heads", True)):
         (root / f"{name}.npz").unlink()
         save_file({f"{CONDITION}/{seed}/{k}": np.ascontiguousarray(a) for seed in range(3)
@@ -196,7 +206,8 @@ def test_results_published_uncompressed_are_read_and_then_compressed(place):
     for seed in range(3):
         records.set_aside(folder(place, seed))
     records.publish("s")
-    assert sorted(p.name for p in root.iterdir()) == ["heads.npz", "logits.npz", "runs.jsonl", "samples.parquet"]
+    assert sorted(p.name for p in root.iterdir()) == [".lock", "heads.npz", "logits.npz", "manifest.json", "runs.jsonl",
+                                                      "samples.parquet"]
     alike(records.arrays("s", CONDITION, 1, "published")["clean"], old["clean"])
 
 
@@ -251,7 +262,7 @@ def as_large(seed, classes, features, n=1000):
         samples[f"label_{attack}"] = moved.argmax(1)
     head = {f"{when}{name}": a.astype(np.float32) for when in ("", "untrained.")
             for name, a in (("weight", weight), ("bias", bias), ("class_means", weight))}
-    run = made_up(seed)[0] | {"scalars": {f"a_long_name_{i}": rng.random() for i in range(150)},
+    run = made_up(seed, study="large")[0] | {"scalars": {f"a_long_name_{i}": rng.random() for i in range(150)},
                               "curves": {"classes": rng.random(classes).tolist()}
                               | {a: {k: rng.random(7).tolist() for k in ("eps", "success", "robust")} for a in ATTACKS},
                               "history": {f"curve_{i}": rng.random(60).tolist() for i in range(6)}}
@@ -377,12 +388,12 @@ def test_records_made_by_hand_know_no_folder(place):
 def test_a_published_file_is_read_once_and_stays_as_it_was_loaded(place, monkeypatch):
     root, opened = records.publish("s"), []
     read = files.read_file
-    monkeypatch.setattr(files, "read_file", lambda path, parse: (opened.append(path.name), read(path, parse))[1])
+    monkeypatch.setattr(files, "read_file", lambda path, *how: (opened.append(path.name), read(path, *how))[1])
     recorded = records.load("s", "published")
     first = [recorded.arrays(CONDITION, seed) for seed in range(3)]
     shutil.rmtree(root)
     again = [recorded.arrays(CONDITION, seed) for seed in range(3)]
-    assert sorted(opened) == ["heads.npz", "logits.npz", "runs.jsonl", "samples.parquet"]
+    assert sorted(opened) == ["heads.npz", "logits.npz", "manifest.json", "manifest.json", "runs.jsonl", "samples.parquet"]
     for one, other in zip(first, again):
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
@@ -487,7 +498,11 @@ def test_a_published_run_without_rows_or_said_twice_is_named(place, caplog):
     extra = json.dumps(json.loads(lines[0]) | {"seed": 5})
     (root / "runs.jsonl").write_text("\n".join([*lines, lines[1], extra]))
     assert records.load("s", "published").runs.seed.tolist() == [0, 1, 2]
-    assert "line 4" in caplog.text and "stands twice" in caplog.text and f"no rows of ('{CONDITION}', 5)" in caplog.text
+    assert "line 4" in caplog.text and "stands twice" in caplog.text
+    assert f"line 5: manifest.json knows no run of {CONDITION}, seed 5" in caplog.text
+    as_schema_2(root)   # where nothing else says which runs there are
+    assert records.load("s", "published").runs.seed.tolist() == [0, 1, 2] and "3 of 3 runs of s are of schema 2" in caplog.text
+    assert "line 4" in caplog.text and f"no rows of ('{CONDITION}', 5)" in caplog.text
     with pytest.raises(ValueError, match="logits.npz .* no arrays of .* seed 5"):
         records.arrays("s", CONDITION, 5, "published")
 
@@ -501,11 +516,10 @@ def test_a_record_in_the_place_of_another_is_named_and_left_out(place, caplog):
         records.publish("s")
 
 
-def test_a_run_copied_into_another_study_belongs_to_that(place):
+def test_a_run_copied_into_another_study_is_named_and_left_out(place):
     shutil.copytree(folder(place, 0), records.run_folder("t", CONDITION, 0, place / "runs"))
-    shutil.rmtree(place / "runs" / "s")
-    recorded = records.load("t")
-    assert recorded.runs.study.tolist() == ["t"] and len(recorded.arrays(CONDITION, 0)["clean"]) == 40
+    with pytest.raises(ValueError, match=f"t/{CONDITION}/0: it is the record of study s"):
+        records.load("t")
 
 
 def test_an_unreadable_failure_mark_does_not_hide_the_others(place):
@@ -540,5 +554,6 @@ def test_no_memory_is_not_damage(place, monkeypatch):
         raise files.pa.ArrowMemoryError("malloc of size 64 failed")
     with monkeypatch.context() as patch:
         patch.setattr(files.pd, "read_parquet", fail)
-        with pytest.raises(MemoryError):
+        with pytest.raises(records.Unreadable, match="samples.parquet") as error:
             records.load("s")
+        assert error.value.errno == errno.ENOMEM

@@ -300,7 +300,7 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
     def write(seed, text):
         effect = 1.0 if text == "none" else 0.5
         run = dict(study="cifar10-cpu", condition=f"cifar10.resnet8.{text.replace(':', '-')}", seed=seed, data="cifar10",
-                   model="resnet8", feature_dim=None, regularizer=text, recipe={}, measures="standard",
+                   model="resnet8", feature_dim=None, regularizer=text, recipe={}, measures="standard", data_digest="d" * 64,
                    scalars={"rms": effect + seed / 1000}, settings={"reference": 0.4},
                    provenance={"version": "0.0.9", "code": "other", "commit": "abcdef123"})
         run["identity"] = records.identity(run)
@@ -377,9 +377,9 @@ def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatc
         findings.added([findings.Judged("digits", digits)], chapter)
         return [getattr(thing, "text", None) or thing.alt for thing in displayed]
     heading, nothing, name, study, figure = shown("magnitude")
-    assert (heading, name) == (f"## {kurtosis.sentence}", "## norms by net")
+    assert (heading, name) == (f"**kurtosis.** {kurtosis.sentence}", "**norms by net**")
     assert nothing.startswith("No record here") and figure.startswith("Rms, plain → regularized")
-    assert shown("scorecard")[0] == "## all verdicts" and not shown("cones")
+    assert shown("scorecard")[0] == "**all verdicts**" and not shown("cones")
 
 
 def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2"):

@@ -133,8 +133,10 @@ def _listed(surrogates):
 def _table(breaks, zero, steady):
     """The table of `diagnose`."""
     words, rows = next(iter(steady.seen()), (None, steady.again))
-    base, other = breaks["pgd"], {"zero gradients": _row("zero gradients", zero, 0.01),
-                                  "same answer": _row("same answer", rows.double().mean().item(), 0.0, why=words)}
+    share = rows.double().mean().item()
+    other = {"zero gradients": _row("zero gradients", zero, 0.01),
+             "same answer": _row("same answer", share, 0.0, why=words)}
+    base = breaks["pgd"]
     for check in REASONS:
         if check in breaks:
             shares = (broken.double().mean().item() for broken in (base, breaks[check]))

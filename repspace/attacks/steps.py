@@ -154,8 +154,8 @@ def _within(images, x, eps):
     if not (length > least).any(): return images
     point = exact + away * (eps * (1 - 1e-12) / length.clamp(min=1e-300)).clamp_(max=1)
     near = point.to(x.dtype)
-    near = torch.where((near.double() - exact).abs() > (point - exact).abs(), _nearer(near, x), near)
-    return torch.where(length > least, near, images)
+    still = (lengths(near.double() - exact) > least) & (near != x)
+    return torch.where(length > least, near.where(~still, _nearer(near, x)), images)
 
 # %% ../../nbs/instruments/attacks/steps.ipynb #658379d5
 def distances(moved, x, norm="linf"):

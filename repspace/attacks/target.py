@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,16 @@ def _closed_over(function):
         try: yield cell.cell_contents
         except ValueError: pass  # a name that has no value yet
 
+def _functions(module):
+    """The functions that parts of `module` hold, and their own ways forward, but for PyTorch's."""
+    for part in module.modules():
+        ways = [*vars(part).values(), getattr(type(part), "forward", None)]
+        yield from (way for way in ways if isinstance(way, (FunctionType, MethodType, partial))
+                    if not (getattr(way, "__module__", None) or "").startswith("torch."))
+
 def _parts(thing):
     """What a function, an object or a container is made of, as far as a net may be among it."""
+    if isinstance(thing, nn.Module): return list(_functions(thing))
     if isinstance(thing, partial): return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, (list, tuple)): return thing[:100]
     if isinstance(thing, dict): return list(thing.values())[:100]
@@ -55,18 +64,17 @@ def _parts(thing):
         named = [thing.__globals__.get(name) for name in sorted(_names(thing.__code__))]
         return [*_closed_over(thing), *(thing.__defaults__ or ()), *named]
     plain = isinstance(thing, (type, torch.Tensor)) or inspect.ismodule(thing)
-    return [] if plain else list(getattr(thing, "__dict__", {}).values())
+    return [] if plain else [*getattr(thing, "__dict__", {}).values(), getattr(type(thing), "__call__", None)]
 
 def modules_of(model, depth=4):
     """The `nn.Module`s that `model` is, or that it holds, closes over or names, as a list."""
-    level, seen, found = [model], set(), []
+    level, seen, modules = [model], set(), []
     for _ in range(depth + 1):
         level = list({id(thing): thing for thing in level if id(thing) not in seen}.values())
         seen.update(map(id, level))
-        found += [thing for thing in level if isinstance(thing, nn.Module)]
-        level = [part for thing in level if not isinstance(thing, nn.Module)
-                 for part in _parts(thing)]
-    return found
+        modules += [thing for thing in level if isinstance(thing, nn.Module)]
+        level = [part for thing in level for part in _parts(thing)]
+    return modules
 
 # %% ../../nbs/instruments/attacks/target.ipynb #f7d2a6bc
 def _evaluate(module):
@@ -81,7 +89,8 @@ def frozen(model):
     tops = modules_of(check_model(model))
     modes = [(module, module.training) for top in tops for module in top.modules()
              if hasattr(module, "training")]
-    asking = [p for top in tops for p in top.parameters() if p.requires_grad]
+    asking = [p for top in tops for p in top.parameters()
+              if p.requires_grad and not p.is_inference()]
     with _scope():
         try:
             for top in tops: _evaluate(top)
@@ -123,7 +132,8 @@ def _scope():
 # %% ../../nbs/instruments/attacks/target.ipynb #91936389
 def _dtype(model):
     """The one dtype of the floating-point parameters of `model`; None if there is none, or several."""
-    kinds = {p.dtype for top in modules_of(model) for p in top.parameters() if p.is_floating_point()}
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    kinds = {p.dtype for top in modules_of(model) for p in top.parameters() if p.dtype in floats}
     return kinds.pop() if len(kinds) == 1 else None
 
 def dtype_of(model, x):
@@ -228,8 +238,9 @@ def unsteady(model, x, batch_size=512):
     third = torch.empty_like(first)
     third[mixed] = logits_of(model, x[mixed], smaller)
     def differ(other, share): return (other - first).abs().amax(1) > share
-    spread = first.amax(1) - first.amin(1)
-    return Unsteady(differ(second, 1e-5 * first.abs().amax(1)), differ(third, 0.02 * spread))
+    coarse = any((first == first.to(dtype)).all() for dtype in (torch.float16, torch.bfloat16))
+    spread = (0.03 if coarse else 0.005) * (first.amax(1) - first.amin(1))
+    return Unsteady(differ(second, 1e-5 * first.abs().amax(1)), differ(third, spread))
 
 # %% ../../nbs/instruments/attacks/target.ipynb #ca2f99fa
 def as_convolved(model, x):

@@ -10,6 +10,8 @@ __all__ = ['TRACES', 'is_slug', 'check_slug', 'runs_root', 'results_places', 're
 import os, re
 from pathlib import Path
 
+from .files import listing
+
 # %% ../../nbs/instruments/records/places.ipynb #2370c2ab
 def is_slug(name):
     """Whether `name` can be the name of a study or condition."""
@@ -76,7 +78,8 @@ def _is_seed(name): return re.fullmatch(r"0|[1-9]\d{0,17}", name) is not None
 
 def fresh_folders(study, runs=None):
     """Folders of the fresh records of `study`: {(condition, seed): folder}, sorted."""
-    folders = (runs_or_default(runs) / check_slug(study)).glob("*/*")
+    folders = [folder for condition in listing(runs_or_default(runs) / check_slug(study))
+               if is_slug(condition.name) for folder in listing(condition)]
     return dict(sorted(((folder.parent.name, int(folder.name)), folder) for folder in folders
                        if _is_seed(folder.name) and folder.is_dir()))
 

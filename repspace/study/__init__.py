@@ -17,9 +17,9 @@ import pandas as pd
 from .. import records
 from . import cluster, jobs, notebooks as executed
 from .additions import import_modules
-from .condition import (PARAMETERS, Condition, check_parameters, load_classifier,
-                                      missing_seeds, rehearse, run_condition, run_settings,
-                                      weights_path)
+from .condition import (PARAMETERS, Condition, check_parameters, check_writable,
+                                      load_classifier, missing_seeds, rehearse, run_condition,
+                                      run_settings, weights_path)
 from .definition import Study, read
 from .jobs import Job, new_job
 from .notebooks import execute_notebook
@@ -32,7 +32,7 @@ _all_ = ["Condition", "Job", "PARAMETERS", "Study", "check_parameters", "execute
 log = logging.getLogger(__name__)
 
 # %% ../../nbs/instruments/study/index.ipynb #11ed6a96
-def _jobs(study, number, runs, notebooks, published):
+def _jobs(study, number, runs, notebooks, published, template=None):
     """The jobs of round `number` (from 0)."""
     rounds = study.rounds()
     seeds, so_far = rounds[number], [s for seeds in rounds[:number + 1] for s in seeds]
@@ -41,7 +41,8 @@ def _jobs(study, number, runs, notebooks, published):
         job = new_job(study.name, condition, missing, runs, published)
         if notebooks:
             job = job._replace(seeds=so_far, title=condition.title,
-                               notebook=str(notebooks / f"{condition.slug}.ipynb"))
+                               notebook=str(notebooks / f"{condition.slug}.ipynb"),
+                               template=template and str(template))
         last = number == len(rounds) - 1
         if missing or (notebooks and last and not executed.notebook_is_current(job)): yield job
 
@@ -67,6 +68,7 @@ def _start(study, runs, published, here):
     missing = [(condition, seed, records.run_folder(study.name, condition.slug, seed, runs))
                for condition in study.conditions
                for seed in missing_seeds(study.name, condition, study.seeds, runs, published)]
+    if missing: check_writable(runs)
     if here: _rehearse(list({condition.slug: condition for condition, _, _ in missing}.values()))
     for _, _, folder in missing: records.clear_failed(folder)
     return missing
@@ -90,11 +92,11 @@ def _outcome(study, missing, reasons, before, begun):
     return Outcome(study.name, before, made, failed, time.monotonic() - begun)
 
 # %% ../../nbs/instruments/study/index.ipynb #53a80323
-def _on_cluster(ray, study, runs, notebooks, published, gpus, tick):
+def _on_cluster(ray, study, runs, notebooks, published, gpus, tick, template=None):
     """Make the missing runs on the cluster → the jobs of notebooks that are left, reasons."""
     reasons, left = cluster.make(ray, study, runs, published, gpus, tick), []
     last = len(study.rounds()) - 1
-    for job in _jobs(study, last, runs, notebooks, published) if notebooks else ():
+    for job in _jobs(study, last, runs, notebooks, published, template) if notebooks else ():
         condition = Condition(**job.condition)
         if missing_seeds(study.name, condition, study.seeds, runs, published):
             reasons[Path(job.notebook)] = "it waits for runs that failed"
@@ -102,45 +104,51 @@ def _on_cluster(ray, study, runs, notebooks, published, gpus, tick):
     return left, reasons
 
 # %% ../../nbs/instruments/study/index.ipynb #89976588
-def run(study, on="local", runs=None, notebooks=None, published=True, workers=None, gpus=None):
+def run(study, on="local", runs=None, notebooks=None, published=True, workers=None, gpus=None,
+        template=None):
     """Make the missing runs of `study`: a name, the path of a YAML file, or a Study → Outcome.
 
     (A single run is trained and measured by `run_condition`; `measure.run` only measures a net.)
     `on`: "local"; "auto", the Ray cluster that runs here, else local; or a Ray cluster's address,
     "ray://HOST:PORT" or "HOST:PORT". `runs`: folder of fresh records (default:
     `records.runs_root()`, or `./runs`). `notebooks`: a folder for executed notebooks,
-    `<condition>.ipynb`; None makes none. `published`: whether published runs count as done.
+    `<condition>.ipynb`; None makes none. `template`: the notebook to execute for them (default: the
+    package's). `published`: whether published runs count as done.
     `workers`: processes side by side on this machine (default: one per core or GPU, as memory
     allows). `gpus`: the share of a GPU per process (default: 1 where there are GPUs), 0 for none.
     Modules of one's own (`import_modules`) are imported by all processes that work for it.
     `ValueError` before anything starts if the study, or where it is to run, has a fault.
     """
-    cluster.check_on(on)
     jobs.check_gpus(gpus)
     study, begun = study if isinstance(study, Study) else read(study), time.monotonic()
     runs = records.runs_or_default(runs).absolute()
     notebooks = Path(notebooks).absolute() if notebooks else None
+    template = executed.template(template) if notebooks else None
     with cluster.connected(on) as ray:
         places = jobs.room(workers, 0 if ray else gpus)
         missing, reasons = _start(study, runs, published, here=not ray), {}
         total = len(study.conditions) * len(study.seeds)
         progress = jobs.Progress(study.name, total, [folder for _, _, folder in missing])
         if ray:
-            left, reasons = _on_cluster(ray, study, runs, notebooks, published, gpus, progress.show)
+            left, reasons = _on_cluster(ray, study, runs, notebooks, published, gpus, progress.show,
+                                        template)
             reasons |= jobs.do(left, places, progress.show)
         for number in range(len(study.rounds()) if not ray else 0):
-            todo = list(_jobs(study, number, runs, notebooks, published))
+            todo = list(_jobs(study, number, runs, notebooks, published, template))
             reasons |= jobs.do(todo, places, progress.show)
     progress.close()
     return _outcome(study, missing, reasons, progress.before, begun)
 
 # %% ../../nbs/instruments/study/index.ipynb #5d0d5f56
-def publish(study, runs=None, results=None):
-    """Gather the records of `study` (as in `run`) into `results/<study>/`; returns that folder."""
+def publish(study, runs=None, results=None, drop=()):
+    """Gather the records of `study` (as in `run`) into `results/<study>/`; returns that folder.
+
+    `drop`: published runs that are to go, as in `records.publish`: those that the study no longer
+    has go only when they are named."""
     study = study if isinstance(study, Study) else read(study)
     wanted = {records.identity(run_settings(condition, seed))
               for condition in study.conditions for seed in study.seeds}
-    folder = records.publish(study.name, runs, results, wanted)
+    folder = records.publish(study.name, runs, results, wanted, drop)
     lacking = len(wanted) - len(records.published_identities(study.name, results))
     if lacking: log.warning("%d of the %d runs have no record to publish", lacking, len(wanted))
     return folder

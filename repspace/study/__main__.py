@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/instruments/study/main.ipynb #39823558
-import argparse, logging, sys
+import argparse, contextlib, logging, os, sys
 
 from . import import_modules, publish, run
 
@@ -23,9 +23,13 @@ def _arguments(words):
                         help="import this module first, which registers what the study names")
     if publishing:
         parser.add_argument("--results", metavar="DIR", help="default: results/")
+        parser.add_argument("--drop", metavar="CONDITION/SEED", action="append", default=[],
+                            help="let this published run go, which the study no longer has")
         return parser.parse_args(words[1:])
     parser.add_argument("--afresh", action="store_true", help="do not count published runs as done")
     parser.add_argument("--notebooks", metavar="DIR", help="execute condition notebooks into DIR")
+    parser.add_argument("--template", metavar="FILE", help="execute this notebook for each condition, "
+                        "and not the package's condition.ipynb")
     parser.add_argument("--on", metavar="WHERE", default="local",
                         help="local (default), auto (the Ray cluster that runs here, else local), "
                              "or a Ray cluster's ray://HOST:PORT or HOST:PORT")
@@ -35,21 +39,32 @@ def _arguments(words):
                         "machine (default: one per core or GPU, as memory allows)")
     return parser.parse_args(words)
 
+# %% ../../nbs/instruments/study/main.ipynb #b4477c9b
+def _open_streams():
+    """Open those of the standard streams that are closed, on nothing."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try: os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError): os.open(os.devnull, os.O_RDWR)   # takes the lowest number that is free
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "r+"))
+
 # %% ../../nbs/instruments/study/main.ipynb #e1a517b3
 def main(words=None):
     """The command line; returns the exit code."""
     words = sys.argv[1:] if words is None else words
+    _open_streams()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _arguments(words)
     try:
         import_modules(arguments.modules)
         if "results" in arguments:
-            print(publish(arguments.study, arguments.runs, arguments.results))
+            print(publish(arguments.study, arguments.runs, arguments.results, arguments.drop))
             return 0
         outcome = run(arguments.study, arguments.on, arguments.runs, arguments.notebooks,
-                      not arguments.afresh, arguments.workers, arguments.gpus)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+                      not arguments.afresh, arguments.workers, arguments.gpus, arguments.template)
+    except (ValueError, OSError) as error:
+        named = getattr(error, "filename", None)
+        print(f"{named}: {error.strerror}" if named else error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -6,20 +6,20 @@
 __all__ = ['log', 'RETRIES', 'check_on', 'connected', 'resources', 'Returned', 'make']
 
 # %% ../../nbs/instruments/study/cluster.ipynb #8ef2e420
-import contextlib, getpass, json, logging, os, shutil, socket, tempfile, threading, time
+import contextlib, json, logging, os, shutil, socket, tempfile, threading, time
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 from filelock import FileLock, Timeout
-from safetensors.numpy import load_file
 
 from .. import records
 from . import additions, jobs
 from .condition import (Condition, missing_seeds, note_failed,
-                                      surrogate_paths, weights_path, why)
+                                      run_settings, surrogate_paths, weights_path, why)
 from .jobs import Job, new_job
+from .locks import PATIENCE, sign, waiting
 from .origin import provenance
+from .private import private_folder
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,11 @@ def _record(job):
     return {name: path.read_bytes() for name, path in paths.items() if path.exists()}
 
 # %% ../../nbs/instruments/study/cluster.ipynb #51246810
+def _place(name):
+    """A folder for a job on this node, the same for the same `name` where the user has a cache."""
+    kept = private_folder("cluster")
+    return kept / name if kept else Path(tempfile.mkdtemp(prefix="repspace-"))
+
 def _work(job, files, place):
     """Make the run of `job` in the folder `place` → the worker's exit code, its last line."""
     shutil.rmtree(place / "with", ignore_errors=True)
@@ -156,8 +161,7 @@ def _task(job, files, code, owner):
     if mine != code:
         return Returned(node, 1, f"the code of repspace there is {mine}, but {code} here: install "
                                  "the same version", {}, {})
-    name = records.key([owner, job.study, job.condition, job.seeds])
-    place = Path(tempfile.gettempdir()) / f"repspace-{getpass.getuser()}" / name
+    place = _place(records.key([node, owner, job.study, job.condition, job.seeds]))
     job = job._replace(runs=str(place), published=False, fetch=True)
     code, said = _work(job, files, place)
     made = {path.name: path.read_bytes() for path in map((place / "weights").joinpath, files.names)
@@ -168,8 +172,17 @@ def _task(job, files, code, owner):
     return returned
 
 # %% ../../nbs/instruments/study/cluster.ipynb #af596442
-def _deliver(returned, folder, runs):
-    """Write what came back where a run made here, with its record in `folder`, would have."""
+def _check_asked_for(returned, wanted):
+    """`ValueError` unless the record that came back is that of the identity `wanted`."""
+    made = json.loads(returned.record["run.json"])["identity"] if "run.json" in returned.record else wanted
+    if made != wanted:
+        raise ValueError(f"{returned.node} made another run than was asked for: the data there are not those here")
+
+def _deliver(returned, folder, runs, wanted):
+    """Write what came back where a run made here, with its record in `folder`, would have.
+
+    `wanted`: its identity; `ValueError` for another's."""
+    _check_asked_for(returned, wanted)
     files, place = returned.record, Path(runs) / "weights"
     # a surrogate that was trained for this run gives way to the weights that its own run was measured with
     own = json.loads(files["run.json"])["training_key"] if "run.json" in files else None
@@ -180,9 +193,8 @@ def _deliver(returned, folder, runs):
     with tempfile.TemporaryDirectory(prefix="repspace-") as place:
         place = Path(place)
         for name in records.FILES: (place / name).write_bytes(files[name])
-        run, samples = records.check(place), pd.read_parquet(place / "samples.parquet")
-        logits, head = (load_file(place / f"{name}.safetensors") for name in ("logits", "head"))
-        records.write(folder, run, samples, logits, head)
+        run, samples = records.read(place, at=folder)
+        records.write(folder, run, samples, *records.read_parts(place, run, at=folder))
 
 # %% ../../nbs/instruments/study/cluster.ipynb #68812dc5
 class _Conditions:
@@ -190,7 +202,7 @@ class _Conditions:
 
     def __init__(self, study, runs, published):
         self.study, self.runs, self.published = study, runs, published
-        self.locks, self.left = {}, {}
+        self.locks, self.left, self.said = {}, {}, time.monotonic()
         self.waiting = sorted(study.conditions, key=lambda c: c.regularizer != "none")
 
     def take(self):
@@ -202,6 +214,7 @@ class _Conditions:
             lock = FileLock(folder / ".lock")
             try: lock.acquire(timeout=0)
             except Timeout: continue
+            sign(lock.lock_file)
             self.waiting.remove(condition)
             self.locks[condition.slug] = lock
             records.remove_unfinished(folder)
@@ -212,6 +225,14 @@ class _Conditions:
             if not missing: lock.release()
         seeds = self.study.seeds
         return sorted(free, key=lambda run: seeds.index(run[1]) // self.study.round)
+
+    def say(self):
+        """Say for whom conditions wait, now and then."""
+        if time.monotonic() - self.said < PATIENCE: return
+        self.said = time.monotonic()
+        for condition in self.waiting:
+            folder = records.run_folder(self.study.name, condition.slug, 0, self.runs).parent
+            log.warning("%s", waiting(folder / ".lock"))
 
     def end(self, condition):
         """A run of `condition` has ended; with the last one its lock is given up."""
@@ -271,7 +292,8 @@ class _Tasks:
         """The worker's exit code, and what there is to say if the run has no record now."""
         try:
             returned = self.ray.get(task)
-            _deliver(returned, folder, self.runs)
+            wanted = records.identity(run_settings(run.condition, run.seed))
+            _deliver(returned, folder, self.runs, wanted)
         except Exception as error:
             return 0, why(error, folder)
         node, code = returned.node, returned.code
@@ -293,6 +315,7 @@ def make(ray, study, runs, published, gpus, tick):
     try:
         while conditions.waiting or runs_left or tasks.flying:
             runs_left += [_Run(*run) for run in conditions.take()]
+            conditions.say()
             while runs_left and len(tasks.flying) <= tasks.capacity(): tasks.send(runs_left.pop(0))
             for condition in tasks.ended(): conditions.end(condition)
             tick(min(len(tasks.flying), tasks.capacity()))

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['log', 'LONGEST', 'PARAMETERS', 'Condition', 'check_fits', 'sources', 'run_settings', 'missing_seeds', 'weights_path',
-           'rehearse', 'load_classifier', 'surrogate_paths', 'why', 'note_failed', 'run_condition', 'check_parameters']
+           'rehearse', 'load_classifier', 'surrogate_paths', 'why', 'note_failed', 'check_writable', 'run_condition',
+           'check_parameters']
 
 # %% ../../nbs/instruments/study/condition.ipynb #de240ab3
-import errno, importlib.metadata, json, logging, math, os, re, sys, time, traceback
+import errno, importlib.metadata, logging, math, os, re, sys, tempfile, time, traceback
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from tqdm import tqdm
 
 from .. import records
 from .additions import measuring
+from .digests import data_digest, pinned
+from .locks import held
 from .origin import code_key, provenance
 from ..vocabulary import (DEPTHS, MODELS, Recipe, check_batches, data_row, parts,
                                  regularizer_words)
@@ -129,7 +131,8 @@ def run_settings(condition, seed):
     """What determines a run, for `records.identity` and `records.training_key`."""
     defaults = {field.name: field.default for field in fields(Recipe)}
     recipe = {k: v for k, v in condition.recipe.items() if v != defaults[k]}
-    return condition.parameters() | {"recipe": recipe, "seed": int(seed)} | sources(condition)
+    return condition.parameters() | {"recipe": recipe, "seed": int(seed),
+                                     "data_digest": data_digest(condition.data)} | sources(condition)
 
 # %% ../../nbs/instruments/study/condition.ipynb #36133111
 def _circumstances():
@@ -150,15 +153,18 @@ def _peak_memory_mb():
 def missing_seeds(study, condition, seeds, runs=None, published=True):
     """Those of `seeds` that `condition` has no record for in `study`; sets other records aside."""
     shared, missing = records.published_identities(study) if published else {}, []
+    settings = run_settings(condition, 0)   # whose data are looked at once
     for seed in seeds:
-        wanted = records.identity(run_settings(condition, seed))
+        wanted = records.identity(settings | {"seed": int(seed)})
         folder = records.run_folder(study, condition.slug, seed, runs)
         if folder.is_dir():
-            try: there, why = records.check(folder)["identity"], "was made with other settings"
+            try: there, why = records.check(folder)["identity"], "was made with other settings or data"
             except ValueError as error: there, why = None, str(error)
             if there == wanted: continue
             try: log.warning("%s: %s; it is kept as %s", folder, why, records.set_aside(folder).name)
             except FileNotFoundError: pass   # another process, with the same study, was faster
+            except OSError as error:
+                raise ValueError(f"{folder}: {why}; it cannot be set aside ({error.strerror})") from error
         if shared.get((condition.slug, seed)) != wanted: missing.append(seed)
     return missing
 
@@ -168,18 +174,22 @@ def weights_path(condition, seed, runs=None):
     name = records.training_key(run_settings(condition, seed))
     return records.runs_or_default(runs) / "weights" / f"{name}.safetensors"
 
+def _of(condition, seed, path):
+    """Which training the weights at `path` are of: bound to it, they are no other's under its name."""
+    return {"training": path.stem, "condition": condition.slug, "seed": int(seed)}
+
 def _untrained(condition, dataset, seed):
     from repspace import train
     recipe = Recipe.from_dict(condition.recipe)
     return train.new_classifier(condition.model, dataset, recipe, seed, condition.feature_dim)
 
-def _restore(classifier, path):
-    """Weights from `path` into `classifier`; returns what the file says about their training."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-    classifier.load_state_dict(load_file(path))
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["training"])
+def _restored(condition, dataset, seed, path):
+    """The classifier of the weights at `path`, and what is known of its training; else `Unusable`."""
+    from repspace.study.checkpoint import put, read_bound
+    training, weights = read_bound(path, _of(condition, seed, path))
+    classifier = _untrained(condition, dataset, seed)
+    put(weights, classifier, path)
+    return classifier.eval(), training
 
 # %% ../../nbs/instruments/study/condition.ipynb #f259034e
 def _first_loss(condition, dataset):
@@ -211,45 +221,41 @@ def rehearse(condition, dataset):
 def _train(condition, dataset, seed, path):
     """Train a classifier and keep it at `path`; returns it and what is known of its training."""
     from repspace import regularize, train
-    from repspace.study.checkpoint import Checkpoint, contents
-    from safetensors.torch import save
+    from repspace.study.checkpoint import Checkpoint, contents, write_bound
     classifier, start = _untrained(condition, dataset, seed), time.perf_counter()
-    checkpoint = Checkpoint(path.with_name(f"{path.stem}.{code_key()}.checkpoint"))
+    of, code = _of(condition, seed, path), code_key()
+    checkpoint = Checkpoint(path.with_name(f"{path.stem}.{code}.checkpoint"), of=of | {"code": code})
     history = train.fit(classifier, dataset, train.Recipe.from_dict(condition.recipe),
                         regularize.get(condition.regularizer), seed, train.here(),
                         checkpoint=checkpoint)
     training = {"history": history, "seconds": time.perf_counter() - start,
                 "provenance": provenance() | {"device": _circumstances()["device"]}}
-    content = save(contents(classifier), {"training": json.dumps(training)})
-    records.write_file(path, lambda to: to.write_bytes(content))
-    for pattern in (f"{path.stem}.*.checkpoint*", f".{path.name}.*"):
-        for left in path.parent.glob(pattern): left.unlink(missing_ok=True)
+    write_bound(path, contents(classifier), training, of)
+    for pattern in (f"{path.stem}.*.checkpoint*", f".{path.stem}.*"):
+        for left in path.parent.glob(pattern):
+            if ".unusable" not in left.name: left.unlink(missing_ok=True)
     return classifier.cpu(), training
 
 # %% ../../nbs/instruments/study/condition.ipynb #51e0dcd1
 def _trained(condition, dataset, seed, path):
     """The classifier of `path`, what is known of its training, and whether it was trained now."""
+    from repspace.study.checkpoint import Unusable, set_aside
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with held(path.with_suffix(".lock")):
         if path.exists():
-            classifier = _untrained(condition, dataset, seed)
-            try:
-                return classifier.eval(), _restore(classifier, path), False
-            except Exception as error:
-                log.warning("%s cannot be used (%s): training again", path, error)
+            try: return *_restored(condition, dataset, seed, path), False
+            except Unusable as error: set_aside(path, error)
         return *_train(condition, dataset, seed, path), True
 
 # %% ../../nbs/instruments/study/condition.ipynb #f65caeb9
 def load_classifier(condition, seed, runs=None):
-    """The trained Classifier of a run, on the CPU, for evaluation; `ValueError` without weights."""
+    """The trained Classifier of a run, on the CPU, for evaluation; `ValueError` without weights of its own."""
     from repspace import data
     path = weights_path(condition, seed, runs)
     if not path.exists():
         raise ValueError(f"{path} is not there: published results hold no weights; "
                          "run_condition(…, published=False) trains them")
-    classifier = _untrained(condition, data.load(condition.data, seed=seed), seed)
-    _restore(classifier, path)
-    return classifier.eval()
+    return _restored(condition, data.load(condition.data, seed=seed), seed, path)[0]
 
 # %% ../../nbs/instruments/study/condition.ipynb #4d06f780
 def surrogate_paths(condition, seed, runs=None):
@@ -284,15 +290,21 @@ def _describe(condition, seed, study):
     settings = run_settings(condition, seed)
     return ({"schema": records.SCHEMA, "study": study, "condition": condition.slug}
             | condition.parameters() | sources(condition)
-            | {"seed": seed, "identity": records.identity(settings),
+            | {"seed": seed, "digests": {"data": settings["data_digest"]},
+               "identity": records.identity(settings),
                "training_key": records.training_key(settings)} | _circumstances())
 
 # %% ../../nbs/instruments/study/condition.ipynb #a945cbb2
 def _make(condition, seed, study, runs):
     """Train and measure one run and write its record; "made", or "remeasured" if trained before."""
     from repspace import data
+    with pinned(condition.data, lambda: data.load(condition.data, seed=seed)) as dataset:
+        return _make_of(dataset, condition, seed, study, runs)
+
+def _make_of(dataset, condition, seed, study, runs):
+    """`_make`, of the data set as it was loaded."""
+    from repspace import data
     from repspace.measure import settings
-    dataset = data.load(condition.data, seed=seed)
     dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     path = weights_path(condition, seed, runs)
     classifier, training, new = _trained(condition, dataset, seed, path)
@@ -338,6 +350,17 @@ def _attempt(condition, seed, study, runs):
     seconds = round(time.perf_counter() - start, 2)
     return {"seed": seed, "status": status, "seconds": seconds, "reason": reason}
 
+# %% ../../nbs/instruments/study/condition.ipynb #ef30d128
+def check_writable(runs):
+    """`ValueError` if nothing can be written into the folder `runs`, which is made if need be."""
+    try:
+        Path(runs).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs): pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT): return   # which each run says, and then goes on
+        raise ValueError(f"records cannot be written to {runs} ({error.strerror}): name another folder "
+                         "(--runs, or REPSPACE_RUNS)") from error
+
 # %% ../../nbs/instruments/study/condition.ipynb #1317b7e7
 def run_condition(condition, seeds, study="adhoc", runs=None, published=True, progress=True):
     """Make the missing runs of `condition`; returns a table: seed, status, seconds, reason.
@@ -348,13 +371,15 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     """
     seeds, runs = list(map(int, seeds)), records.runs_or_default(runs)
     folder = records.run_folder(study, condition.slug, 0, runs).parent
+    rows = {seed: {"seed": seed, "status": "done", "seconds": 0.0, "reason": None} for seed in seeds}
+    if not missing_seeds(study, condition, seeds, runs, published): return pd.DataFrame(rows.values())
+    check_writable(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with held(folder / ".lock"):
         records.remove_unfinished(folder)
         missing = missing_seeds(study, condition, seeds, runs, published)
-        there = {"status": "done", "seconds": 0.0, "reason": None}
-        rows = {seed: {"seed": seed} | there for seed in seeds}
-        for seed in tqdm(missing, condition.slug, unit="run", disable=not (progress and missing)):
+        quiet = not (progress and missing and sys.stderr)
+        for seed in tqdm(missing, condition.slug, unit="run", disable=quiet):
             rows[seed] = _attempt(condition, seed, study, runs)
     return pd.DataFrame(rows.values())
 

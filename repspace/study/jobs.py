@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from .. import records
 from . import additions
 from .condition import Condition, missing_seeds, note_failed, sources
+from .locks import held
+from ..vocabulary import data_row
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Job(NamedTuple):
     modules: list = []           # what was added from outside, to be imported first
     notebook: str | None = None  # where the executed notebook goes
     title: str | None = None     # of that notebook
+    template: str | None = None  # the notebook to execute, where it is not the package's
     gpus: float | None = None    # the share of a GPU, on a cluster
     fetch: bool = False          # whether the data set may have to be downloaded
 
@@ -127,8 +129,25 @@ def room(workers=None, gpus=None):
 def fetch_data(name):
     """The data set `name`, loaded so that of the processes on a machine only one downloads it."""
     from repspace import data
-    data.data_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(data.data_root() / ".lock"): return data.load(name)
+    if data_row(name).name in ("digits", "folder"): return data.load(name)   # nothing to download
+    root, may_write = data.data_root(), True
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(root / ".lock"))
+        except OSError as error:
+            may_write = False
+            log.info("nothing can be downloaded to %s: %s", root, error.strerror or error)
+        return data.load(name, download=may_write)
+
+# %% ../../nbs/instruments/study/jobs.ipynb #03169527
+def _pass_on(output, start):
+    """Log what workers that wait wrote into the file `output` from `start` on; returns where it ends."""
+    written = os.pread(output.fileno(), 2 ** 16, start)
+    lines = written[:written.rfind(b"\n") + 1]
+    for line in lines.decode(errors="replace").splitlines():
+        if line.startswith("waiting for "): log.warning("%s", line)
+    return start + len(lines)
 
 # %% ../../nbs/instruments/study/jobs.ipynb #69642e1a
 def call(job, stop, environment=None):
@@ -145,8 +164,10 @@ def call(job, stop, environment=None):
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(job.to_json().encode() + b"\n")
             process.stdin.flush()
+        passed_on = 0
         while process.poll() is None:
             if stop.wait(0.1): process.kill()
+            passed_on = _pass_on(output, passed_on)
         with contextlib.suppress(BrokenPipeError): process.stdin.close()
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
@@ -204,7 +225,7 @@ class Progress:
         self.before, self.start, self.shown = total - len(folders), time.monotonic(), 0.0
         self.ended, self.last = 0, self.start   # runs that have ended, and when the last of them did
         self.bar = tqdm(total=total, initial=self.before, unit="run", desc=name,
-                        disable=not sys.stderr.isatty())
+                        disable=not (sys.stderr and sys.stderr.isatty()))
 
     def count(self):
         """How many of the runs are made, and how many failed."""

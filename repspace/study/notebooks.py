@@ -58,7 +58,7 @@ def _execute(notebook, parameters, failed, **options):
             return papermill.execute_notebook(notebook, executed, parameters, config=config,
                                               progress_bar=False, start_timeout=180, **options)
         except papermill.PapermillExecutionError:
-            shutil.copy(executed, failed)
+            records.write_file(failed, lambda to: shutil.copy(executed, to))
             raise
 
 # %% ../../nbs/instruments/study/notebooks.ipynb #5411aac4
@@ -105,11 +105,12 @@ def execute_notebook(source, target, parameters=None, cwd=None, prepare=None, ed
     return notebook
 
 # %% ../../nbs/instruments/study/notebooks.ipynb #940aa9d4
-def template():
-    """The path of the condition notebook; `ValueError` where the package has none beside it."""
-    if (HOME / "condition.ipynb").is_file(): return HOME / "condition.ipynb"
-    raise ValueError(f"{HOME / 'condition.ipynb'} is not there: notebooks of conditions need the "
-                     "project's folder, in which the package is installed with `pip install -e .`")
+def template(named=None):
+    """The path of the condition notebook, that which was `named` or the package's; `ValueError` without one."""
+    path = Path(named).absolute() if named else HOME / "condition.ipynb"
+    if path.is_file(): return path
+    raise ValueError(f"{path} is not there: notebooks of conditions need one to execute; name it (--template), or "
+                     "install the package in the project's folder with `pip install -e .`")
 
 # %% ../../nbs/instruments/study/notebooks.ipynb #a788cb5b
 def _notebook_key(job):
@@ -118,7 +119,7 @@ def _notebook_key(job):
         file = records.run_folder(job.study, job.slug, seed, job.runs) / "run.json"
         made.append([seed, file.read_text() if file.exists() else shared.get((job.slug, seed))])
     added = [list(job.modules)] if job.modules else []
-    return records.key([template().read_text(), job.condition, made, *added])
+    return records.key([template(job.template).read_text(), job.condition, made, *added])
 
 def notebook_is_current(job):
     """Whether the executed notebook of `job` is there and up to date."""
@@ -134,4 +135,4 @@ def execute_condition(job):
         notebook.cells[0].source = "\n".join([f"# {shown(job.title)}", *lines[1:]])
         notebook.metadata["repspace"] = _notebook_key(job)
     parameters = job.condition | {"study": job.study, "seeds": job.seeds, "published": job.published}
-    execute_notebook(template(), job.notebook, parameters, edit=edit, modules=job.modules)
+    execute_notebook(template(job.template), job.notebook, parameters, edit=edit, modules=job.modules)

@@ -9,9 +9,20 @@ __all__ = ['main']
 import os, sys, threading
 
 from .additions import import_modules
-from .condition import Condition, run_condition
+from .. import records
+from .condition import Condition, missing_seeds, run_condition
 from .jobs import Job, fetch_data
+from .locks import held
 from .notebooks import execute_condition
+
+# %% ../../nbs/instruments/study/worker.ipynb #f1b2232d
+def _wait_for_others(job):
+    """Until nobody else makes the runs of `job`, if any is missing."""
+    missing = missing_seeds(job.study, Condition(**job.condition), job.seeds, job.runs, job.published)
+    folder = records.run_folder(job.study, job.slug, 0, job.runs).parent
+    if not missing: return
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder / ".lock"): pass
 
 # %% ../../nbs/instruments/study/worker.ipynb #6c0cf981
 def main():
@@ -23,6 +34,7 @@ def main():
     import_modules(job.modules)
     if job.fetch: fetch_data(job.condition["data"])
     if job.notebook:
+        _wait_for_others(job)
         execute_condition(job)
     else:
         run_condition(Condition(**job.condition), job.seeds, job.study, job.runs, job.published,
