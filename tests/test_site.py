@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "book"))
 import build  # noqa: E402
 import place  # noqa: E402
 import readme  # noqa: E402
+from repspace.study import locks  # noqa: E402
 from repspace_book import strip_directives  # noqa: E402
 
 
@@ -272,26 +273,28 @@ def test_what_the_last_builds_wanted_is_kept_whatever_the_clock_says(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["notes.ipynb", "wanted.json"]
 
 
-def test_a_second_build_waits_and_says_for_whom(tmp_path):
-    said, code = [], (f"import sys, time; sys.path.insert(0, {str(ROOT / 'book')!r}); from pathlib import Path; from place import alone\n"
-                      f"with alone(Path({str(tmp_path)!r}), print): print('in', flush=True); time.sleep(3)")
+def test_a_second_build_waits_and_says_for_whom(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT / 'book')!r}); from pathlib import Path; from place import alone\n"
+            f"with alone(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(3)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "in\n"
-        with place.alone(tmp_path, said.append, every=1):
+        with place.alone(tmp_path, tmp_path / "executed", tmp_path):
             assert first.wait() == 0
-    assert said[0] == f"{tmp_path} is in use by process {first.pid}: waiting until that ends" and len(said) > 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) > 1 and said[0].startswith(f"waiting for {tmp_path / '.lock'}, which process {first.pid} on ")
 
 
 def test_folders_of_others_are_refused(tmp_path):
-    (tmp_path / "theirs").mkdir(mode=0o777)
-    (tmp_path / "link").symlink_to(tmp_path / "theirs")
-    with pytest.raises(PermissionError, match="a link or belongs to another user"):
-        place.private(tmp_path / "link")
-    assert place.private(tmp_path / "theirs").stat().st_mode & 0o777 == 0o700
+    assert place.private(tmp_path / "a/own").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "a/own")
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "theirs").mkdir(mode=0o700)
     if os.geteuid() == 0:
         os.chown(tmp_path / "theirs", 12345, 12345)
-        with pytest.raises(PermissionError):
-            place.private(tmp_path / "theirs")
+    for name in ("link", "open", *(["theirs"] if os.geteuid() == 0 else [])):
+        with pytest.raises(PermissionError, match="a link, another user's, or open to others"):
+            place.private(tmp_path / name)
 
 
 def test_files_stay_whole_when_the_disk_is_full_and_are_written_only_when_changed(tmp_path, monkeypatch):
