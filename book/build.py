@@ -14,6 +14,7 @@ import errno
 import hashlib
 import html
 import json
+import logging
 import os
 import re
 import resource
@@ -22,7 +23,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -354,6 +354,7 @@ def run_study(name, build, runs, env, modules):
 
 def main(argv=None):
     open_streams()
+    logging.basicConfig(format="build.py: %(message)s")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", action="append", default=[], metavar="NAME", help="run this study first")
     parser.add_argument("--with", action="append", default=[], metavar="MODULE", dest="modules",
@@ -372,9 +373,7 @@ def main(argv=None):
     build = args.out.resolve() / "_build"
     runs = Path(args.runs or os.environ.get("REPSPACE_RUNS") or ROOT / "runs").resolve()
     executed = (args.executed or build / "executed").resolve()
-    with ExitStack() as locks:
-        for folder in dict.fromkeys([build, executed]):
-            locks.enter_context(alone(folder, say))
+    with alone(build, executed):
         took = make(build, runs, executed, args)
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -416,7 +415,7 @@ def make(build, runs, executed, args):
 
 # What is in the way, and not wrong here.
 SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EMFILE,
-                errno.ENFILE, errno.ENOTDIR}
+                errno.ENFILE, errno.ENOTDIR, errno.EEXIST}
 
 if __name__ == "__main__":
     try:

@@ -1,14 +1,12 @@
 """Where the book is built: one build at a time, in folders of its own, whatever the environment lacks."""
+import errno
 import os
-import socket
-import stat
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from repspace.records.files import write_text
+from repspace.study.locks import held
+from repspace.study.private import is_private
 
 
 def open_streams():
@@ -23,12 +21,11 @@ def open_streams():
 
 
 def private(folder):
-    """`folder`, which nobody else can look into; `PermissionError` where it is another user's, or a link."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    about = folder.lstat()
-    if stat.S_ISLNK(about.st_mode) or about.st_uid != os.geteuid():
-        raise PermissionError(None, "it is a link or belongs to another user: delete it", str(folder))
-    folder.chmod(0o700)
+    """`folder`, which nobody else can look into; `PermissionError` where others may, or it is a link or another user's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_private(folder):
+        raise PermissionError(errno.EPERM, "it is a link, another user's, or open to others: delete it", str(folder))
     return folder
 
 
@@ -58,37 +55,11 @@ def folders(place):
     return {variable: str(folder) for variable, folder in made.items()}
 
 
-# ---- one build at a time ----
-
-def _holder(file):
-    """The process that `file` names, in words."""
-    try:
-        number, host = file.read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
-        return "another process"
-    words = f"process {number}" + ("" if host == socket.gethostname() else f" on {host}")
-    try:  # the letter behind the name is the state: T is stopped
-        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return words
-    return f"{words}, which is stopped (kill -CONT {number} lets it go on)" if state == "T" else words
-
-
 @contextmanager
-def alone(folder, say, every=60):
-    """Nobody else in `folder` meanwhile; while another is there, says who that is, again after `every` seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, holder, waited = FileLock(folder / ".lock"), folder / ".lock.holder", False
-    while True:
-        try:
-            lock.acquire(timeout=every if waited else 0)
-            break
-        except Timeout:
-            say(f"{folder} is in use by {_holder(holder)}: waiting until that ends")
-            waited = True
-    try:
-        write_text(holder, f"{os.getpid()} {socket.gethostname()}\n")
+def alone(*folders):
+    """Nobody else in `folders` meanwhile; while another is there, says who that is, again and again."""
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(held(folder / ".lock"))
         yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()

@@ -339,9 +339,9 @@ def capital(text):
 # %% ../nbs/instruments/vocabulary.ipynb #8c1adf3c
 def visible(value, longest=1000):
     """`value` as one line of printable text of about `longest` letters at most."""
-    text = " ".join(str(value).split())
+    text = re.sub(r"[^\S\xa0]+", " ", str(value)).strip()
     if len(text) > longest: text = f"{text[:longest]}… ({len(text)} letters)"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c == "\xa0" else ascii(c)[1:-1] for c in text)
 
 # %% ../nbs/instruments/vocabulary.ipynb #ddc8005a
 _markup = re.compile(r"""[!"#$&'*<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)""")

@@ -1,4 +1,5 @@
 """The site, built from two conditions and two seeds, read page by page and opened in a browser."""
+import errno
 import json
 import os
 import re
@@ -19,6 +20,9 @@ REGULARIZERS = ["none", "label-smoothing:0.1"]
 sys.path.insert(0, str(ROOT / "book"))
 
 import build  # noqa: E402
+import place  # noqa: E402
+import readme  # noqa: E402
+from repspace.study import locks  # noqa: E402
 from repspace_book import strip_directives  # noqa: E402
 
 
@@ -246,3 +250,100 @@ def test_kernels_are_those_of_this_environment(tmp_path, monkeypatch):
     write(tmp_path / "which.ipynb", "import sys, os; open('which', 'w').write(sys.executable + str('MPLBACKEND' in os.environ))")
     executed(tmp_path, tmp_path / "which.ipynb")
     assert (tmp_path / "which").read_text().startswith(sys.executable)
+
+
+# ---- builds that meet, clocks that go back, disks that are full ----
+
+def test_what_the_last_builds_wanted_is_kept_whatever_the_clock_says(tmp_path):
+    def build_of(key):
+        (tmp_path / "findings").mkdir(exist_ok=True)
+        path = tmp_path / f"findings/a.{key * 16}.ipynb"
+        path.write_text("{}")
+        os.utime(path, (0, 0) if key == "5" else (4e9, 4e9))  # the newest seems the oldest
+        build.forget(tmp_path, [f"findings/a.{key * 16}.ipynb"])
+    (tmp_path / "wanted.json").write_text("[cut")
+    (tmp_path / f"b.{'f' * 16}.failed.ipynb").write_text("{}")
+    (tmp_path / f".b.{'f' * 16}.ipynb.0123456789ab").write_text("{}")
+    (tmp_path / "notes.ipynb").write_text("{}")
+    for key in "12345":
+        build_of(key)
+    assert sorted(p.name[2:3] for p in tmp_path.glob("findings/*")) == ["3", "4", "5"]
+    build_of("5")
+    assert len(list(tmp_path.glob("findings/*"))) == 3
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["notes.ipynb", "wanted.json"]
+
+
+def test_a_second_build_waits_and_says_for_whom(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "PATIENCE", 0.5)
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT / 'book')!r}); from pathlib import Path; from place import alone\n"
+            f"with alone(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(3)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "in\n"
+        with place.alone(tmp_path, tmp_path / "executed", tmp_path):
+            assert first.wait() == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) > 1 and said[0].startswith(f"waiting for {tmp_path / '.lock'}, which process {first.pid} on ")
+
+
+def test_folders_of_others_are_refused(tmp_path):
+    assert place.private(tmp_path / "a/own").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path / "a/own")
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "theirs", 12345, 12345)
+    for name in ("link", "open", *(["theirs"] if os.geteuid() == 0 else [])):
+        with pytest.raises(PermissionError, match="a link, another user's, or open to others"):
+            place.private(tmp_path / name)
+
+
+def test_files_stay_whole_when_the_disk_is_full_and_are_written_only_when_changed(tmp_path, monkeypatch):
+    from repspace.records import files
+    path = tmp_path / "README.md"
+    build.write_changed(path, "old")
+    os.utime(path, (1, 1))
+    build.write_changed(path, "old")
+    assert path.stat().st_mtime == 1
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError):
+        build.write_changed(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["README.md"]
+    figure = tmp_path / "figure.svg"
+    figure.write_text("old")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.setattr(readme, "FIGURE", figure)
+    monkeypatch.setattr(readme, "expected", lambda: ("new", "new"))
+    with pytest.raises(SystemExit, match="README.md is left as it was: No space left on device"):
+        readme.main(check=False)
+    assert path.read_text() == figure.read_text() == "old"
+
+
+def test_what_is_in_the_way_is_one_line(tmp_path):
+    (tmp_path / "_build").write_text("a file")
+    done = subprocess.run([sys.executable, ROOT / "book/build.py", "--out", tmp_path], capture_output=True, text=True)
+    assert done.returncode and re.fullmatch(r"build\.py: \S+/_build\S*: [\w ]+\n", done.stderr)
+
+
+def test_closed_streams_and_a_home_that_is_not_there_do_no_harm(tmp_path):
+    """Kernels execute without a writable home, under a long TMPDIR, and where standard error is closed."""
+    path = write(tmp_path / "plot.ipynb", "%matplotlib inline\nimport matplotlib.pyplot as plt, sys\nplt.plot([1]);",
+                 "import os; open('said', 'w').write(os.environ['MPLCONFIGDIR']); os.write(2, b'noise')")
+    long = tmp_path / ("t" * 97)
+    long.mkdir()
+    code = (f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT / 'book')!r})\n"
+            f"import build, place; build.open_streams(); place = Path({str(tmp_path)!r})\n"
+            "import os; os.environ.update(build.child_environment(place / 'runs', build.private(place / 'private')))\n"
+            "done = build.execute_all({'x': Path(sys.argv[1])}, {'x': '0' * 16}, place / 'executed', 1, place / 'log', ())\n"
+            "print(done)")
+    env = os.environ | {"HOME": "/dev/null/home", "TMPDIR": str(long)}
+    env = {k: v for k, v in env.items() if not k.startswith(("XDG_", "JUPYTER", "IPYTHON", "MPL"))}
+    script = tmp_path / "script.py"
+    script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' '{script}' '{path}' 2>&-"], env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and (tmp_path / "executed" / f"x.{'0' * 16}.ipynb").exists(), done.stdout
+    assert (tmp_path / "said").read_text() == str(tmp_path / "private/matplotlib")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
