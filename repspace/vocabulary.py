@@ -344,7 +344,7 @@ def visible(value, longest=1000):
     return "".join(c if c.isprintable() or c == "\xa0" else ascii(c)[1:-1] for c in text)
 
 # %% ../nbs/instruments/vocabulary.ipynb #ddc8005a
-_markup = re.compile(r"""[!"#$&'*<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)""")
+_markup = re.compile(r"""[!"#$&*<>@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)""")
 _markup_of_lines = re.compile(r"^(\d(?=\d*[.)](?:\s|$))|[.,:;/%+=()?-])")
 
 def _reference(found):

@@ -143,7 +143,7 @@ def lab_notebook(path, title="a title", exception=None, end="2026-01-01", output
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
 def test_shown_is_one_line_that_html_reads_back_as_it_was(payload):
     assert "\n" not in shown(payload) and re.sub(r"&(#\d+|lt|gt|amp);", "", shown(payload)).isprintable()
-    assert not re.search(r"""[<>"'\\`*{}\[\]|$~^@#!](?!\d+;)""", re.sub(r"&#(?=\d+;)", "", shown(payload)))
+    assert not re.search(r"""[<>"\\`*{}\[\]|$~^@#!](?!\d+;)""", re.sub(r"&#(?=\d+;)", "", shown(payload)))
     assert BeautifulSoup(shown(payload), "html.parser").get_text() == visible(payload)
 
 
