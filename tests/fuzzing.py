@@ -5,6 +5,7 @@ process; each input is made of the target's name and a number alone. It ends wit
 """
 import argparse
 import copy
+import errno
 import io
 import json
 import logging
@@ -584,6 +585,11 @@ class said:
 
     def __exit__(self, *_): logging.getLogger("repspace").removeHandler(self.handler)
 
+def _is_loop(error, path):
+    """Whether `error` says that `path` is a link to itself: `Unreadable`, which is no `ValueError`, and nothing is done to it."""
+    from repspace.records import Unreadable
+    return isinstance(error, Unreadable) and error.errno == errno.ELOOP and str(path) in str(error) and path.is_symlink()
+
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 class Campaign:
@@ -610,6 +616,7 @@ class Campaign:
             assert self.around() == around, "it writes where it has no business"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt): raise
+            if _is_loop(error, self.root / name): return None
             self.base = max(self.base, peak() if "MiB" in str(error) else 0)
             where = traceback.extract_tb(error.__traceback__)[-1]
             return f"{name}{' (sealed again)' * sealed}: {type(error).__name__}: {str(error)[:600]} [{Path(where.filename).name}:{where.lineno}]"

@@ -52,8 +52,7 @@ def naming(path):
     except (Damaged, NotOurs, Unreadable): raise
     except MemoryError as error: raise unreadable(path, errno.ENOMEM) from error
     except OSError as error:
-        missing = isinstance(error, MISSING) or error.errno == errno.ELOOP   # a link to itself
-        if error.errno and not missing: raise unreadable(path, error.errno) from error
+        if error.errno and not isinstance(error, MISSING): raise unreadable(path, error.errno) from error
         raise damaged(path, error) from error
     except DAMAGE as error: raise damaged(path, error) from error
 
