@@ -5,6 +5,7 @@ process; each input is made of the target's name and a number alone. It ends wit
 """
 import argparse
 import copy
+import errno
 import io
 import json
 import logging
@@ -381,7 +382,7 @@ class Records(Target):
 
     def check(self, root, name, sealed):
         from repspace import records
-        hurt, names = self.hurt(name), (name, str(Path(name).parent))
+        hurt, names, sealed = self.hurt(name), (name, str(Path(name).parent)), sealed or self.unbound
         schema_2 = not sealed and Path(name).name in ("run.json", "manifest.json")   # without checksums, which is said
         with said() as lines:
             try: now = records.load("s", self.source, root / "runs", root / "results")
@@ -406,7 +407,7 @@ class Records(Target):
         assert not missing or self.unbound or "left out" in lines and any(name in lines for name in names), f"no word of {missing}: {lines}"
         if set(self.runs) & there == there:
             keep = set(self.runs) - set(hurt) if sealed else there
-            for field in ("runs", "samples"):
+            for field in ("runs", "samples") if keep else ():
                 one, other = (t[[(c, s) in keep for c, s in zip(t.condition, t.seed)]] for t in (getattr(now, field), getattr(self.whole, field)))
                 if sealed: one, other = (t[self.whole_columns(field)].astype(object) for t in (one, other))
                 _equal(one, other)
@@ -514,6 +515,7 @@ class Tensors(Target):
         self.history = train.fit(classifier, few, recipe, regularizer, 0, "cpu", checkpoint=kept)
         checkpoint.write_bound(root / "t.safetensors", checkpoint.contents(classifier), {"seconds": 1.5}, self.OF)
         self.whole = {name: self.read(root / name) for name in ("t.checkpoint", "t.safetensors")}
+        self.bytes = {name: (root / name).read_bytes() for name in self.whole}
 
     def read(self, path):
         from repspace.study.checkpoint import read_bound
@@ -524,11 +526,11 @@ class Tensors(Target):
         from repspace.records import files
         from safetensors.torch import load, save
         from repspace.study.checkpoint import _seal
-        content = (root / name).read_bytes()
+        content = self.bytes[name]
         try:
             tensors = load(content)
             said = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])["__metadata__"]["about"]
-            rng = np.random.default_rng(len(content))
+            rng = np.random.default_rng(list((root / name).read_bytes()[:99]))
             said = json.dumps(nest_of(rng, json.loads(said)))
             (root / name).write_bytes(save(tensors, {"about": said, "seal": _seal(said, tensors)}))
         except Exception: return False
@@ -584,6 +586,11 @@ class said:
 
     def __exit__(self, *_): logging.getLogger("repspace").removeHandler(self.handler)
 
+def _is_loop(error, path):
+    """Whether `error` says that `path` is a link to itself: `Unreadable`, which is no `ValueError`, and nothing is done to it."""
+    from repspace.records import Unreadable
+    return isinstance(error, Unreadable) and error.errno == errno.ELOOP and str(path) in str(error) and path.is_symlink()
+
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 class Campaign:
@@ -610,6 +617,7 @@ class Campaign:
             assert self.around() == around, "it writes where it has no business"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt): raise
+            if _is_loop(error, self.root / name): return None
             self.base = max(self.base, peak() if "MiB" in str(error) else 0)
             where = traceback.extract_tb(error.__traceback__)[-1]
             return f"{name}{' (sealed again)' * sealed}: {type(error).__name__}: {str(error)[:600]} [{Path(where.filename).name}:{where.lineno}]"

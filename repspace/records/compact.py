@@ -57,7 +57,9 @@ def _encode(s, kind, bits, clean):
 def _decode(parts, clean):
     """The logits (N, K), float32; `clean`: those that a shift starts from."""
     if "gap" in parts: s = parts["top"].astype(np.float32) - parts["gap"]
-    elif "shift" in parts: s = clean[:len(parts["shift"])] + parts["shift"].astype(np.float32)
+    elif "shift" in parts:
+        if clean is None: raise ValueError("it holds a shift of nothing")
+        s = clean[:parts["shift"].shape[0]] + parts["shift"].astype(np.float32)
     else: return parts["exact"]
     if "rows" in parts: s[parts["rows"]] = parts["exact"]
     return s
@@ -100,7 +102,7 @@ def published_logits(logits):
             smallest = a.dtype if a.dtype.kind == "b" else np.min_scalar_type(a.max(initial=0))
             out[name] = a.astype(smallest)
         elif name.startswith("moved."):
-            a = a[:min(MOVED_ROWS, max(1, MOVED_VALUES // a.shape[1]))]
+            a = a[:min(MOVED_ROWS, max(1, MOVED_VALUES // max(1, a.shape[1])))]
             parts = packed(a, clean[:len(a)], back[:len(a)]) if back is not None else packed(a)
             out |= {f"{name}:{part}": x for part, x in parts.items()}
         elif name in ("clean", "untrained.clean"):

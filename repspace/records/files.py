@@ -52,8 +52,7 @@ def naming(path):
     except (Damaged, NotOurs, Unreadable): raise
     except MemoryError as error: raise unreadable(path, errno.ENOMEM) from error
     except OSError as error:
-        missing = isinstance(error, MISSING) or error.errno == errno.ELOOP   # a link to itself
-        if error.errno and not missing: raise unreadable(path, error.errno) from error
+        if error.errno and not isinstance(error, MISSING): raise unreadable(path, error.errno) from error
         raise damaged(path, error) from error
     except DAMAGE as error: raise damaged(path, error) from error
 
@@ -141,6 +140,7 @@ def frame(content):
     rows = sum(groups.row_group(i).num_rows for i in range(groups.num_row_groups))
     check_size(8 * max(rows, groups.num_rows) * groups.num_columns, len(content))
     table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+    if len(set(table.column_names)) < table.num_columns: raise ValueError("a column stands in it twice")
     return table.to_pandas(ignore_metadata=True)   # what pandas noted is text that may say anything
 
 def read_frame(path, sha256=None):

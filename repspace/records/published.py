@@ -52,6 +52,7 @@ def _rows(content):
     """The rows of the published subset, a table, from the bytes of their file."""
     samples = files.frame(content)
     samples[["condition", "seed", "image"]]   # a table without them is none
+    if samples["seed"].dtype.kind not in "iu": raise ValueError("its seeds are no whole numbers")
     halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
     return samples.astype({name: np.float32 for name in halves} | {"condition": str})
 
@@ -137,9 +138,11 @@ def _thinned(run, samples, folder):
     """(run, rows of the subset, logits, head) of a fresh record as they are published."""
     with naming(folder / "samples.parquet"): mask = samples["subset"].to_numpy(bool)
     logits, head = one.read_parts(folder, run)
-    logits = compact.published_logits({k: a[mask[:len(a)]] for k, a in logits.items()})
+    with naming(folder / "logits.safetensors"):   # which may be whole, and still be of other shapes than the rows
+        logits = compact.published_logits({k: a[mask[:a.shape[0]]] for k, a in logits.items()})
+    with naming(folder / "head.safetensors"): head = compact.published_head(head)
     run = {k: v for k, v in run.items() if k != "checksum"} | {"test_images": len(mask)}
-    return run, samples[mask], logits, compact.published_head(head)
+    return run, samples[mask], logits, head
 
 def _line(run): return json.dumps(_rounded(files.plain(run)), sort_keys=True)
 
@@ -184,6 +187,12 @@ def first_columns(frame, *names):
     """`frame` with the columns `names` in front."""
     return frame[[*names, *frame.columns.difference(names, sort=False)]]
 
+def _together(tables):
+    """The bytes of the file of rows of all `tables`; `ValueError` where a column is of several kinds."""
+    try: return _rows_content(tables)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"samples.parquet cannot be made of these runs, whose columns do not fit together: {error}") from error
+
 def _rows_content(tables):
     table = compact.slim(pd.concat(tables, ignore_index=True).astype({"condition": "category"}))
     floats = [name for name, dtype in table.dtypes.items() if dtype.kind == "f"]
@@ -199,7 +208,7 @@ def _contents(gathered, lines):
         for arrays, target in ((of_run, logits), (head, heads)):
             target |= {f"{condition}/{seed}/{k}": a for k, a in arrays.items()}
     text = "".join(f"{line}\n" for line in lines.values())
-    return {"runs.jsonl": text.encode(), "samples.parquet": _rows_content(tables),
+    return {"runs.jsonl": text.encode(), "samples.parquet": _together(tables),
             "logits.npz": files.npz_content(logits), "heads.npz": files.npz_content(heads)}
 
 # %% ../../nbs/instruments/records/published.ipynb #62b31d1c

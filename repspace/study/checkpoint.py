@@ -80,7 +80,8 @@ def read_bound(path, of):
     try: about, tensors = _parsed(content)
     except Unusable as error: raise Unusable(f"{path} is damaged: {str(error)[:300]}") from error
     wanted = of | {"file": Path(path).name}
-    if about["of"] != wanted: raise Unusable(f"{path} is not what it is called: it is of {about['of']}, not of {wanted}")
+    of = about.get("of") if isinstance(about, dict) else None
+    if of != wanted: raise Unusable(f"{path} is not what it is called: it is of {str(of)[:500]}, not of {wanted}")
     return about, tensors
 
 # %% ../../nbs/instruments/study/checkpoint.ipynb #542563ae
@@ -131,11 +132,12 @@ def load_checkpoint(path, training, of=None):
     """Set a `train.Training` as `save_checkpoint` found it; returns the history, or raises `Unusable`."""
     about, tensors = read_bound(path, of or {})
     before = _state(training)
-    try: _set_state(training, tensors, about, path)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    try:
+        _set_state(training, tensors, about, path)
+        return about["history"]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         _set_state(training, *before, path)
-        raise Unusable(f"{path} does not fit this training: {error}") from error
-    return about["history"]
+        raise Unusable(f"{path} does not fit this training: {str(error)[:500]}") from error
 
 # %% ../../nbs/instruments/study/checkpoint.ipynb #bc3374e7
 class Checkpoint:
