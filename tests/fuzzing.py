@@ -540,6 +540,7 @@ class Tensors(Target):
         from repspace.study.checkpoint import Checkpoint, Unusable
         try: about, tensors = self.read(root / name)
         except Unusable as error: refusal(error, name)
+        except IsADirectoryError as error: return refusal(error, name)   # an error of the system, not damage
         except OSError: assert not (root / name).exists(), "it is there, and no `Unusable`"
         else:
             same, values = self.whole[name]

@@ -70,13 +70,9 @@ def _parsed(content):
     if not whole: raise Unusable("its checksum is another")
     return about, tensors
 
-def _bytes(path):
-    with open(path, "rb") as file: return file.read()
-
 def read_bound(path, of):
     """(about, name → tensor) of the file that `write_bound` wrote to `path` for `of`; else `Unusable`."""
-    try: content = _bytes(path)
-    except (IsADirectoryError, NotADirectoryError) as error: raise Unusable(f"{path} is damaged: it is no file") from error
+    with open(path, "rb") as file: content = file.read()
     try: about, tensors = _parsed(content)
     except Unusable as error: raise Unusable(f"{path} is damaged: {str(error)[:300]}") from error
     wanted = of | {"file": Path(path).name}
