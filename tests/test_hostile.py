@@ -61,7 +61,7 @@ def faults_of(page):
     """What in the parsed `page` is no text: tags that act, and in its article also those and attributes that may."""
     article = page.select_one("article") or BeautifulSoup("", "html.parser")
     around = [str(tag)[:200] for tag in page.find_all(True) if tag.name == "iframe" or tag.get("src") == "x"
-              or (tag.name == "script" and "alert" in tag.get_text())
+              or (tag.name == "script" and "alert(" in tag.get_text())
               or any(name.startswith("on") and "alert" in str(value) for name, value in tag.attrs.items())
               or re.match(r"\s*javascript:", tag.get("href", ""), re.IGNORECASE)]
     tags = around + [str(tag)[:200] for tag in article.select("script, iframe, object, embed, form, base, meta, link, .math, mjx-container")

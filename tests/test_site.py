@@ -168,7 +168,7 @@ def browse(page, profile, *options):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
-@pytest.mark.parametrize("name", ["index", "findings/cones", "instruments/geometry"])
+@pytest.mark.parametrize("name", ["index", "findings/cones", "instruments/geometry/index"])
 def test_page_renders_offline(site, tmp_path, name):
     page = site[0] / f"{name}.html"
     dom, console = browse(page, tmp_path / "profile", "--dump-dom")
@@ -179,18 +179,20 @@ def test_page_renders_offline(site, tmp_path, name):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
 def test_pages_fit_a_phone(site, pages, tmp_path):
-    """No page scrolls sideways at 390 pixels: what is wider scrolls in a frame of its own. All pages in one browser."""
+    """No page scrolls sideways at 390 pixels: what is wider scrolls in a frame of its own. Many pages in one browser."""
     copy, names = tmp_path / "html", [str(p.relative_to(site[0])) for p in chapters(pages)]
     shutil.copytree(site[0], copy)
-    frames = "".join(f'<iframe width="390" height="800" src="{name}"></iframe>' for name in names)
-    (copy / "frames.html").write_text(f"""<body>{frames}<script>
-        addEventListener("load", () => setTimeout(() => {{
-            document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(
-                f => f.contentDocument.documentElement.scrollWidth));
-        }}, 3000))</script></body>""")
-    dom, _ = browse(copy / "frames.html", tmp_path / "profile", "--dump-dom", "--allow-file-access-from-files")
-    widths = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
-    assert not [(name, width) for name, width in zip(names, widths, strict=True) if width > 390]
+    for first in range(0, len(names), 15):
+        some = names[first:first + 15]
+        frames = "".join(f'<iframe width="390" height="800" src="{name}"></iframe>' for name in some)
+        (copy / "frames.html").write_text(f"""<body>{frames}<script>
+            addEventListener("load", () => setTimeout(() => {{
+                document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(
+                    f => f.contentDocument.documentElement.scrollWidth));
+            }}, 3000))</script></body>""")
+        dom, _ = browse(copy / "frames.html", tmp_path / f"profile{first}", "--dump-dom", "--allow-file-access-from-files")
+        widths = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
+        assert not [(name, width) for name, width in zip(some, widths, strict=True) if width > 390]
 
 
 # ---- the parts of the machinery ----
