@@ -43,6 +43,7 @@ def check_run(run):
         if run.get(name) is not None and (not isinstance(run[name], kind) or isinstance(run[name], bool)):
             raise ValueError(f"{name} is {run[name]!r:.40}, and no {kind.__name__}")
         if kind is int and abs(run.get(name) or 0) >= 2 ** 63: raise ValueError(f"{name} is too large a number")
+        if kind is str: str(run.get(name) or "").encode()   # half a surrogate pair is no text: ValueError
     for group in ("scalars", "seconds"):
         for name, value in (run.get(group) or {}).items():
             if not isinstance(value, (int, float, type(None))):
