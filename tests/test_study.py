@@ -409,7 +409,7 @@ def text(**changes):
     (BOMB, "aliases"), (MERGED, "aliases"), ("a: &a {b: *a}", "aliases"), ("? [a]\n: 1", "unhashable"),
     ("[" * 5000, "nested too deeply"), ("- " * 5000, "nested too deeply"), ("{a: " * 5000, "nested too deeply|is not YAML"),
     ("x" * 300_000, "300000 bytes; allowed"), ("- a\n" * 15_000, "must be a mapping"), ("!!python/object/apply:os.system [ls]", "is not YAML"), ("", "must be a mapping"),
-    ("a: \x00", "is not YAML"), ("---\na: 1\n---\nb: 1", "is not YAML"), ("!!binary |\n  aGFsbG8=", "must be a mapping"),
+    ("a: \x00", "is not YAML"), ("---\na: 1\n---\nb: 1", "is not YAML"), ("!!binary |\n  aGFsbG8=", "is no binary: take away the tag"),
 ])
 def test_every_fault_of_a_definition_is_one_valueerror_at_once(place, content, message):
     (place / "tiny.yaml").write_text(content)
