@@ -535,10 +535,10 @@ def test_an_unreadable_failure_mark_does_not_hide_the_others(place):
 def test_an_error_that_says_nothing_about_the_file_is_not_damage(place, code, monkeypatch):
     def fail(path, *_, **__):
         raise OSError(code, os.strerror(code), str(path))
-    for target in ("open", "pd.read_parquet"):
+    for target in ("open", "pq.read_table"):
         with monkeypatch.context() as patch:
             if target == "open": patch.setattr(files, "open", fail, raising=False)
-            else: patch.setattr(files.pd, "read_parquet", fail)
+            else: patch.setattr(files.pq, "read_table", fail)
             with pytest.raises(OSError) as error:
                 records.check(folder(place, 0))
             assert error.value.errno == code and not isinstance(error.value, ValueError)
@@ -553,7 +553,7 @@ def test_no_memory_is_not_damage(place, monkeypatch):
     def fail(*_, **__):
         raise files.pa.ArrowMemoryError("malloc of size 64 failed")
     with monkeypatch.context() as patch:
-        patch.setattr(files.pd, "read_parquet", fail)
+        patch.setattr(files.pq, "read_table", fail)
         with pytest.raises(records.Unreadable, match="samples.parquet") as error:
             records.load("s")
         assert error.value.errno == errno.ENOMEM
