@@ -368,7 +368,7 @@ class Records(Target):
         from repspace.records import files
         path = root / name
         try: run = json.loads((path.parent / "run.json").read_bytes())
-        except ValueError: return False
+        except (ValueError, RecursionError): return False
         if not isinstance(run, dict) or not isinstance(run.get("parts"), dict): return False
         if path.name in run["parts"]: run["parts"][path.name] = files.digest(path.read_bytes())
         try: (path.parent / "run.json").write_text(json.dumps(files.sealed(run)))
@@ -448,7 +448,7 @@ class Published(Records):
         from repspace.records import files
         path = root / name
         try: manifest = json.loads((path.parent / "manifest.json").read_bytes())
-        except ValueError: return False
+        except (ValueError, RecursionError): return False
         try:
             if path.name != "manifest.json": manifest["files"][path.name] = {"sha256": files.digest(path.read_bytes()), "bytes": 1}
             for line in path.read_bytes().splitlines() if path.suffix == ".jsonl" else ():

@@ -129,7 +129,10 @@ def read(folder, at=None):
     """
     run, path = read_run(folder), Path(folder) / "samples.parquet"
     read_parts(folder, run, at)
-    return run, files.read_frame(path, (run.get("parts") or {}).get(path.name))
+    samples = files.read_frame(path, (run.get("parts") or {}).get(path.name))
+    odd = [name for name, dtype in samples.dtypes.items() if dtype.kind not in "biuf"]
+    if odd: raise files.damaged(path, f"the column {odd[0]!r:.40} holds no numbers")
+    return run, samples
 
 def check(folder, at=None):
     """`read_run` of a record, all of whose files are verified; `at` and errors as in `read`."""

@@ -236,13 +236,16 @@ def _text(path):
         raise ValueError(f"it has {path.stat().st_size} bytes; allowed are up to {MOST_BYTES}")
     return path.read_text(encoding="utf-8")
 
+def _short(error, most=1000):
+    return text if len(text := str(error)) <= most else f"{text[:most]} …"
+
 def read(study):
     """The Study that a name or a path of YAML stands for; every fault in it is a `ValueError`."""
     try: path = study_file(study)
     except OSError as error:
         raise ValueError(f"study {reprlib.repr(str(study))}: {error.strerror}") from error
     try: return _study(_content(_text(path)))
-    except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {error}") from error
+    except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {_short(error)}") from error
     except RecursionError as error: raise ValueError(f"{path}: it is nested too deeply") from error
     except OSError as error: raise ValueError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error: raise ValueError(f"{path}: {error}") from error
+    except ValueError as error: raise ValueError(f"{path}: {_short(error)}") from error
