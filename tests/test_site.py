@@ -229,10 +229,10 @@ def write(path, *sources):
 def executed(tmp_path, path):
     """What `build.execute` returns for the notebook at `path`, as text."""
     code = (f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT / 'book')!r}); import build; "
-            f"print(build.execute('x', Path({str(path)!r}), Path({str(tmp_path / 'done.ipynb')!r})))")
+            f"print(build.execute('x', Path({str(path)!r}), Path({str(tmp_path / 'done.ipynb')!r}), ()))")
     with tempfile.TemporaryDirectory() as runtime:
         env = build.child_environment(tmp_path, runtime)
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+        return subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_failing_chapter_is_named_with_its_cell_and_traceback(tmp_path):
