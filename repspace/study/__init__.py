@@ -148,7 +148,7 @@ def publish(study, runs=None, results=None, drop=()):
     study = study if isinstance(study, Study) else read(study)
     wanted = {records.identity(run_settings(condition, seed))
               for condition in study.conditions for seed in study.seeds}
-    folder = records.publish(study.name, runs, results, wanted, drop)
+    folder = records.publish(study.name, runs, results, wanted, drop, study.keep)
     lacking = len(wanted) - len(records.published_identities(study.name, results))
     if lacking: log.warning("%d of the %d runs have no record to publish", lacking, len(wanted))
     return folder

@@ -55,9 +55,10 @@ class Condition:
     def __post_init__(self):
         if not isinstance(self.data, str): raise ValueError(f"data {self.data!r} is no text")
         known, _ = data_row(self.data), MODELS.row(self.model)
-        text = "+".join(part.text for part in parts(self.regularizer))
+        text, recipe = "+".join(part.text for part in parts(self.regularizer)), Recipe.from_dict(self.recipe)
+        recipe.overridden(text)   # or it says what is wrong with it
         object.__setattr__(self, "regularizer", text)
-        object.__setattr__(self, "recipe", Recipe.from_dict(self.recipe).to_dict())
+        object.__setattr__(self, "recipe", recipe.to_dict())
         _check_dimension(self.feature_dim)
         if self.measures not in DEPTHS:
             raise ValueError(f"measures {self.measures!r} is unknown; allowed are {', '.join(DEPTHS)}")
@@ -178,10 +179,14 @@ def _of(condition, seed, path):
     """Which training the weights at `path` are of: bound to it, they are no other's under its name."""
     return {"training": path.stem, "condition": condition.slug, "seed": int(seed)}
 
+def _recipe(condition):
+    """The Recipe of `condition`, with what its regularizer overrides."""
+    from repspace import regularize, train
+    return train.overridden(Recipe.from_dict(condition.recipe), regularize.get(condition.regularizer))
+
 def _untrained(condition, dataset, seed):
     from repspace import train
-    recipe = Recipe.from_dict(condition.recipe)
-    return train.new_classifier(condition.model, dataset, recipe, seed, condition.feature_dim)
+    return train.new_classifier(condition.model, dataset, _recipe(condition), seed, condition.feature_dim)
 
 def _restored(condition, dataset, seed, path):
     """The classifier of the weights at `path`, and what is known of its training; else `Unusable`."""
@@ -270,7 +275,7 @@ def surrogate_paths(condition, seed, runs=None):
     return surrogates
 
 def _surrogates(condition, dataset, seed, runs):
-    """{name: Classifier} of another seed, trained on the images of `dataset`."""
+    """{name: Classifier} of another seed, trained on what that seed takes of `dataset`."""
     from repspace import train
     device = train.here()
     return {name: _trained(sibling, dataset, other, path)[0].to(device)
@@ -282,6 +287,7 @@ def _measure(condition, classifier, dataset, seed, runs):
     device, settings = train.here(), measure.settings(condition.data, condition.measures)
     untrained = _untrained(condition, dataset, seed).to(device)
     surrogates = _surrogates(condition, dataset, seed, runs) if settings.thorough else None
+    dataset = dataset._replace(train=train.training_split(dataset.train, _recipe(condition), seed))
     return measure.run(classifier.to(device), untrained, dataset.to(device),
                        regularize.get(condition.regularizer), seed, settings, surrogates)
 
@@ -303,9 +309,7 @@ def _make(condition, seed, study, runs):
 
 def _make_of(dataset, condition, seed, study, runs):
     """`_make`, of the data set as it was loaded."""
-    from repspace import data
     from repspace.measure import settings
-    dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     path = weights_path(condition, seed, runs)
     classifier, training, new = _trained(condition, dataset, seed, path)
     start = time.perf_counter()
