@@ -17,8 +17,9 @@ import pandas as pd
 from .. import vocabulary
 from . import groups
 from .context import Budget, Context, Settings, settings
-from .groups import GROUPS, RECORDED, Values, measured
+from .groups import GROUPS, RECORDED, measured
 from .seen import Attacked, Recorded, Seen, Vectors, from_record
+from .values import Values
 
 _all_ = ["Budget", "Context", "Settings", "settings", "GROUPS", "RECORDED", "Values", "measured",
          "Attacked", "Recorded", "Seen", "Vectors", "from_record"]
