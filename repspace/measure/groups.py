@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECORDED', 'GROUPS', 'Values', 'predicted', 'fitted', 'calibrated', 'scaled', 'magnitude', 'training_magnitude',
            'finite_norm', 'aligned', 'aligned_reachable', 'clean_statistics', 'center_correlations', 'collapsed',
-           'cones', 'cones_by_class', 'random_cones', 'untrained_cones', 'curve', 'under_attack', 'rows', 'measured']
+           'cones', 'cones_by_class', 'random_cones', 'untrained_cones', 'curve', 'under_attack', 'log2_limits',
+           'least_limits', 'rows', 'measured']
 
 # %% ../../nbs/instruments/measure/groups.ipynb #298fd067
 from dataclasses import dataclass, field
@@ -226,6 +227,25 @@ def under_attack(seen, context):
         out.curves[name] = curve(attacked.breaks, settings.grid)
     return out
 
+# %% ../../nbs/instruments/measure/groups.ipynb #356b8d58
+def log2_limits(breaks, grid):
+    """log₂ of the least limits `breaks` (n,) of the `grid`; NaN where the clean image is wrong (0)."""
+    limits = np.log2(np.clip(breaks, grid[0], 2 * grid[-1]))
+    return np.where(breaks > 0, limits, np.nan)
+
+def least_limits(seen, context):
+    """log₂ of the least limit at which PGD breaks an image with either loss, and success there.
+
+    Nothing where it was not tried with both; `success_pgd_race` only where the settings have a race."""
+    if not {"pgd", "margin"} <= context.attacks.keys(): return Values()
+    settings, pgd = context.settings, context.attacks["pgd"].breaks
+    either = np.minimum(pgd, context.attacks["margin"].breaks)
+    column = log2_limits(either, settings.grid)
+    scalars = {"log2_break": np.nanmean(column) if (either > 0).any() else None,
+               "success_any": curve(either, [settings.reference])["success"][0]}
+    if settings.race: scalars["success_pgd_race"] = curve(pgd, [settings.race])["success"][0]
+    return Values(scalars, {"log2_break": column})
+
 # %% ../../nbs/instruments/measure/groups.ipynb #cffddc08
 def _margin(logits, labels):
     """The label's logit minus the best other one (N,)."""
@@ -234,10 +254,10 @@ def _margin(logits, labels):
     return logits[rows, labels] - others.max(1)
 
 def rows(seen, context):
-    """Columns: label, prediction, confidence, lengths, cosines and the ray of each test image."""
+    """Columns: number, label, prediction, confidence, lengths, cosines and the ray of each test image."""
     n = np.arange(len(seen.labels))
     return Values(columns={
-        "image": n, "label": seen.labels, "prediction": seen.predictions,
+        "image": n if context.images is None else context.images, "label": seen.labels, "prediction": seen.predictions,
         "confidence": seen.probs.max(1), "label_probability": seen.probs[n, seen.labels],
         "margin": _margin(seen.logits, seen.labels),
         "norm": seen.norms, "span_norm": seen.span_norms, **seen.cosines,
@@ -246,7 +266,7 @@ def rows(seen, context):
 
 # %% ../../nbs/instruments/measure/groups.ipynb #e3263406
 RECORDED = (rows, predicted, calibrated, scaled, magnitude, finite_norm, aligned, cones, cones_by_class,
-            under_attack)
+            under_attack, least_limits)
 GROUPS = (*RECORDED, fitted, training_magnitude, aligned_reachable, clean_statistics,
           center_correlations, collapsed, random_cones, untrained_cones)
 
