@@ -15,6 +15,7 @@ import torch
 
 from .. import attacks, geometry, models, vocabulary
 from ..arrays import to_numpy
+from ..attacks.steps import Ball, ascent
 from ..data import as_float, batches, chunk_size
 from .seen import Attacked, Seen, Vectors
 from ..train import stream
@@ -109,6 +110,18 @@ def _along(classifier, x, y, attack, settings):
     return {limit: _at(classifier, x[:ALONG], y[:ALONG], attack, limit / 255).logits
             for limit in settings.grid if limit != settings.reference}
 
+def _fgsm_broken(classifier, x, y, limits):
+    """{limit: which of `x` FGSM breaks there (n,)}, from one gradient for each image."""
+    broken, size = {limit: [] for limit in limits}, chunk_size(x)
+    with attacks.frozen(classifier):
+        for images, labels in zip(x.split(size), y.split(size)):
+            direction = ascent(classifier, images, labels).sign()
+            for limit in limits:
+                ball = Ball(images, limit / 255)
+                logits = attacks.logits_of(classifier, ball.images(ball.at(direction)), size)
+                broken[limit].append(logits.argmax(1) != labels)
+    return {limit: torch.cat(parts) for limit, parts in broken.items()}
+
 def _breaks(classifier, x, y, attack, settings, known, order):
     """The least limit of the grid that breaks each image, in /255; `known`: {limit: bool (n,)}."""
     grid, known = ({float(limit): limit / 255 for limit in settings.grid},
@@ -133,6 +146,7 @@ def _one(classifier, x, y, seen, name, attack, settings):
     moved = _at(classifier, x, y, attack, settings.reference / 255)
     if vocabulary.ATTACKS.row(name).role == "control": return Attacked(moved.logits, None, *_moves(seen, moved))
     known = {0: _wrong(seen.logits, y), settings.reference: _wrong(moved.logits, y)}
+    if name == "fgsm": known |= _fgsm_broken(classifier, x, y, set(settings.grid) - {settings.reference})
     along = _along(classifier, x, y, attack, settings) if name == "pgd" else {}
     n, order = len(next(iter(along.values()), ())), "halving" if name in ("pgd", "margin") else "up"
     first = {limit: broken[:n] for limit, broken in known.items()} | {
