@@ -287,9 +287,10 @@ def register(name, load, *, words=None, **row):
         raise ValueError(f"data {name!r} has " + (f"unknown fields {wrong}" if wrong else f"no {sorted(missing)}")
                          + f": allowed are {', '.join(fields)}")
     grid = tuple(row["grid"])
-    if not grid or list(grid) != sorted(set(grid)) or grid[0] <= 0 or row["reference"] not in grid:
-        raise ValueError(f"data {name!r}: grid must be growing numbers above 0, the reference one of them, but "
-                         f"they are {grid} and {row['reference']}")
+    named = [row["reference"]] + [row["race"]] * (row.get("race") is not None)
+    if not grid or list(grid) != sorted(set(grid)) or grid[0] <= 0 or not set(named) <= set(grid):
+        raise ValueError(f"data {name!r}: grid must be growing numbers above 0, reference and race of them, but "
+                         f"they are {grid} and {named}")
     DATA.add(DataRow(name, words or name, source=source_of(load), **(row | {"grid": grid})))
     _ADDED[name] = load
 

@@ -175,7 +175,9 @@ class DataRow(NamedTuple):
     `split_by_seed`: whether a run's seed draws its split. `attack_images`: so many test images are
     attacked (None: all); `published`: the rows of so many are published. `train_images` and
     `classes`: how many it has; None where that is known only when it is loaded. `digest`: 64 hexadecimal
-    digits by which one knows its content; empty where that is to be looked at."""
+    digits by which one knows its content; empty where that is to be looked at. `race`: the limit, of
+    the grid, at which it is asked why attacks succeed (None: at the reference). `strong`: images,
+    steps, targets and queries that the strong attacks may have (None: they are left out)."""
     name: str
     words: str
     reference: float
@@ -190,11 +192,14 @@ class DataRow(NamedTuple):
     classes: int | None = None
     source: str = ""
     digest: str = ""
+    race: float | None = None
+    strong: tuple | None = None
 
-_natural = dict(reference=0.4, grid=(0.1, 0.2, 0.4, 1, 2, 4, 8))
+_natural = dict(reference=0.4, race=0.8, grid=(0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4),
+                strong=(200, 30, 3, 300))
 DATA = Table("data", [
-    DataRow("digits", "8×8 digits", 16, (8, 16, 24, 32, 48, 64), published=200, attack_images=None,
-            min_seeds=10, split_by_seed=True, train_images=200, classes=10),
+    DataRow("digits", "8×8 digits", 16, (4, 8, 11, 16, 23, 32, 45, 64), race=23, published=200,
+            attack_images=None, min_seeds=10, split_by_seed=True, train_images=200, classes=10),
     DataRow("cifar10", "CIFAR-10", train_images=50_000, classes=10, **_natural,
             digest="f1c51809828e6c098a2e14d9748984bdf9d03fea0ff743faaf58350938aed564"),
     DataRow("cifar100", "CIFAR-100", train_images=50_000, classes=100, **_natural,
@@ -249,6 +254,8 @@ class AttackRow(NamedTuple):
 ATTACKS = Table("attack", [
     AttackRow("noise", "random signs", "control"),
     AttackRow("fgsm", "FGSM", "gradient"), AttackRow("pgd", "PGD", "gradient"),
+    AttackRow("margin", "PGD with margin loss", "gradient"),
+    AttackRow("apgd", "APGD", "strong"), AttackRow("apgdt", "targeted APGD", "strong"),
     AttackRow("auto", "AutoAttack", "strong"), AttackRow("square", "Square", "strong"),
     AttackRow("transfer_plain", "transfer from a plain net", "strong"),
     AttackRow("transfer_same", "transfer from the same condition", "strong")])

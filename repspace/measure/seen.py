@@ -26,12 +26,14 @@ class Attacked(NamedTuple):
     """What an attack does at the reference limit to each of n images.
 
     `logits` (n, K), moved; `breaks`, the least limit in /255 that breaks it (n,), or None for a
-    control; `whole` and `span`: `geometry.Displacement` of z and Pz; `crossed`: Pz·Pz' ≤ 0."""
+    control; `whole` and `span`: `geometry.Displacement` of z and Pz; `crossed`: Pz·Pz' ≤ 0. `along`:
+    {limit: logits, moved, of the first of the images} at other limits of the grid."""
     logits: np.ndarray
     breaks: np.ndarray | None
     whole: geometry.Displacement
     span: geometry.Displacement
     crossed: np.ndarray
+    along: dict = {}
 
 # %% ../../nbs/instruments/measure/seen.ipynb #e66d6690
 class _Asked:
@@ -138,7 +140,7 @@ def _displacement(relative, toward, size):
     lateral = norm * np.sqrt(np.maximum(1 - toward ** 2, 0))
     return geometry.Displacement(norm, relative, -toward * norm, lateral, toward)
 
-def _attacked_in_record(seen, name, samples, logits):
+def _attacked_in_record(seen, name, samples, logits, along):
     """The `Attacked` of the attack `name`, from its columns of `samples` and its moved `logits`."""
     column = {c: samples[c].dropna().to_numpy(float) for c in samples if c.endswith(f"_{name}")}
     moves = (_displacement(column[f"rho{part}_{name}"], column[f"toward{part}_{name}"],
@@ -146,7 +148,16 @@ def _attacked_in_record(seen, name, samples, logits):
              for part, size in (("", seen.norms), ("_span", seen.span_norms)))
     moved = span_from_logits(seen.weight, seen.bias, logits)
     crossed = (seen.span[:len(moved)] * moved).sum(1) <= 0
-    return Attacked(logits, column.get(f"breaks_{name}"), *moves, crossed)
+    return Attacked(logits, column.get(f"breaks_{name}"), *moves, crossed, along)
+
+def _moved(arrays):
+    """name → ({None: logits at the reference, limit: logits there}) of the moved logits of a record."""
+    moved = {}
+    for name, a in arrays.items():
+        if not name.startswith("moved."): continue
+        attack, at, limit = name.removeprefix("moved.").partition("@")
+        moved.setdefault(attack, {})[float(limit) if at else None] = np.asarray(a, float)
+    return moved
 
 # %% ../../nbs/instruments/measure/seen.ipynb #c92290d9
 def radii(run):
@@ -166,16 +177,13 @@ def from_record(run, samples, arrays):
     if not np.array_equal(labels, samples["label"]):
         raise ValueError(f"samples ({len(samples)} rows) and arrays ({len(labels)} labels) are not of "
                          "one run: pick the rows of one condition and seed")
-    if set(run["settings"]) != set(Settings._fields):
-        raise ValueError(f"settings of the record are {list(run['settings'])}, "
-                         f"but must be {list(Settings._fields)}")
+    settings = Settings.from_record(run["settings"])
     weight, bias, clean = (np.asarray(arrays[name], float)
                            for name in ("head.weight", "head.bias", "clean"))
     means = arrays.get("head.class_means")
     seen = Recorded(weight, bias, clean, labels, samples["norm"].to_numpy(float),
                     {name: samples[name].to_numpy(float) for name in cosines},
                     *radii(run), None if means is None else np.asarray(means, float))
-    moved = {name.removeprefix("moved."): np.asarray(a, float) for name, a in arrays.items()
-             if name.startswith("moved.")}
-    attacks = {name: _attacked_in_record(seen, name, samples, a) for name, a in moved.items()}
-    return seen, Context(run["regularizer"], run["seed"], Settings(**run["settings"]), attacks)
+    attacks = {name: _attacked_in_record(seen, name, samples, at.pop(None), at)
+               for name, at in _moved(arrays).items()}
+    return seen, Context(run["regularizer"], run["seed"], settings, attacks, images=samples["image"].to_numpy())

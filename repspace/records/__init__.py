@@ -55,7 +55,7 @@ def _added(settings, *names):
 
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    added = _added(settings, "sources", "measure_sources")
+    added = _added(settings, "sources", "measure_sources", "attack_first")
     return key(picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):

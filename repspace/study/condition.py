@@ -44,13 +44,16 @@ LONGEST = 200   # letters of a condition's name, which is also that of its files
 
 @dataclass(frozen=True)
 class Condition:
-    """Data set × model × regularizer × recipe, what is measured; `ValueError` if one is wrong."""
+    """Data set × model × regularizer × recipe, what is measured; `ValueError` if one is wrong.
+
+    `attack_first`: the number of the first test image that is attacked."""
     data: str
     model: str
     regularizer: str
     recipe: dict
     feature_dim: int | None = None
     measures: str = "standard"
+    attack_first: int = 0
 
     def __post_init__(self):
         if not isinstance(self.data, str): raise ValueError(f"data {self.data!r} is no text")
@@ -62,6 +65,9 @@ class Condition:
         _check_dimension(self.feature_dim)
         if self.measures not in DEPTHS:
             raise ValueError(f"measures {self.measures!r} is unknown; allowed are {', '.join(DEPTHS)}")
+        if type(self.attack_first) is not int or not 0 <= self.attack_first <= 10 ** 9:
+            raise ValueError(f"attack_first is {self.attack_first!r}; allowed are whole numbers from 0, that "
+                             "of a test image")
         if len(self.slug) > LONGEST:
             raise ValueError(f"{self.slug[:50]}… is a name of {len(self.slug)} letters, and files "
                              f"have at most {LONGEST}: take a shorter path or fewer regularizers")
@@ -83,8 +89,8 @@ class Condition:
     def _size(self): return "" if self.feature_dim is None else f"-{self.feature_dim}d"
 
     def parameters(self):
-        """What the condition notebook takes as parameters, a dict."""
-        return asdict(self)
+        """What the condition notebook takes as parameters, a dict; `attack_first` only where it is not 0."""
+        return {name: value for name, value in asdict(self).items() if name != "attack_first" or value}
 
     @classmethod
     def from_parameters(cls, parameters):
@@ -137,13 +143,15 @@ def run_settings(condition, seed):
 
 # %% ../../nbs/instruments/study/condition.ipynb #36133111
 def _circumstances():
-    """Library versions, device and threads of this process."""
+    """Library versions, device and threads of this process, and in what its attacks search."""
     import torch
+    from repspace import attacks, train
     names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
     versions = {name: importlib.metadata.version(name) for name in names}
     versions |= {"python": sys.version.split()[0]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"versions": versions, "device": device, "threads": torch.get_num_threads()}
+    search = "bf16" if attacks.fastest_search(train.here().type) else "float32"
+    return {"versions": versions, "device": device, "threads": torch.get_num_threads(), "search": search}
 
 def _peak_memory_mb():
     import resource
@@ -282,9 +290,14 @@ def _surrogates(condition, dataset, seed, runs):
             for name, (sibling, other, path) in surrogate_paths(condition, seed, runs).items()}
 
 # %% ../../nbs/instruments/study/condition.ipynb #123bd62f
+def _settings(condition):
+    """The `measure.Settings` of a condition."""
+    from repspace.measure import settings
+    return settings(condition.data, condition.measures, condition.attack_first)
+
 def _measure(condition, classifier, dataset, seed, runs):
     from repspace import measure, regularize, train
-    device, settings = train.here(), measure.settings(condition.data, condition.measures)
+    device, settings = train.here(), _settings(condition)
     untrained = _untrained(condition, dataset, seed).to(device)
     surrogates = _surrogates(condition, dataset, seed, runs) if settings.thorough else None
     dataset = dataset._replace(train=train.training_split(dataset.train, _recipe(condition), seed))
@@ -309,14 +322,13 @@ def _make(condition, seed, study, runs):
 
 def _make_of(dataset, condition, seed, study, runs):
     """`_make`, of the data set as it was loaded."""
-    from repspace.measure import settings
     path = weights_path(condition, seed, runs)
     classifier, training, new = _trained(condition, dataset, seed, path)
     start = time.perf_counter()
     measured = _measure(condition, classifier, dataset, seed, runs)
     seconds = {"train": training["seconds"], "measure": time.perf_counter() - start}
     run = _describe(condition, seed, study) | {
-        "settings": settings(condition.data, condition.measures)._asdict(),
+        "settings": _settings(condition)._asdict(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_mb": _peak_memory_mb(),
         "provenance": provenance() | {"training": training["provenance"]},
@@ -388,8 +400,8 @@ def run_condition(condition, seeds, study="adhoc", runs=None, published=True, pr
     return pd.DataFrame(rows.values())
 
 # %% ../../nbs/instruments/study/condition.ipynb #bffcd1bc
-PARAMETERS = ("study", "data", "model", "feature_dim", "regularizer", "recipe", "measures", "seeds",
-              "runs", "published")
+PARAMETERS = ("study", "data", "model", "feature_dim", "regularizer", "recipe", "measures", "attack_first",
+              "seeds", "runs", "published")
 
 def check_parameters(names):
     """`ValueError` if `names` (a notebook's `globals()`) hold a plain value not in PARAMETERS."""

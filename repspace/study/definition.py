@@ -184,10 +184,10 @@ def _check_entry(entry, what):
         if not isinstance(entry[name], list) or not entry[name]:
             raise ValueError(f"{what}: {name} must be a list, but is {reprlib.repr(entry[name])}")
 
-def _conditions(entry, measures, what):
+def _conditions(entry, measures, attack_first, what):
     """The conditions that a checked `entry` of the grid stands for."""
     try: return [Condition(entry["data"], model, regularizer, entry["recipe"],
-                           entry.get("feature_dim"), measures)
+                           entry.get("feature_dim"), measures, attack_first)
                  for model in entry["models"] for regularizer in entry["regularizers"]]
     except ValueError as error: raise ValueError(f"{what}: {error}") from error
 
@@ -216,7 +216,7 @@ def _check_study_name(name):
 
 def _study(content):
     needed = ("study", "seeds", "grid")
-    _keys(content, (*needed, "round", "measures", "keep"), needed, "a study")
+    _keys(content, (*needed, "round", "measures", "keep", "attack_first"), needed, "a study")
     name, seeds, grid = _check_study_name(content["study"]), _seeds(content["seeds"]), content["grid"]
     size, measures = content.get("round", len(seeds)), content.get("measures", "standard")
     keep = content.get("keep", KEEPS[0])
@@ -229,7 +229,7 @@ def _study(content):
     for what, entry in entries.items(): _check_entry(entry, what)
     _check_size(grid, seeds)
     conditions = [condition for what, entry in entries.items()
-                  for condition in _conditions(entry, measures, what)]
+                  for condition in _conditions(entry, measures, content.get("attack_first", 0), what)]
     slugs = [condition.slug for condition in conditions]
     twice = sorted(slug for slug, times in Counter(slugs).items() if times > 1)
     if twice: raise ValueError(f"{', '.join(twice)[:500]} is in the grid twice: make it two studies")
