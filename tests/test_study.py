@@ -20,7 +20,8 @@ import yaml
 from repspace import measure, records, study
 from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, run_condition, surrogate_paths, weights_path
+from repspace.study import Condition, run_condition, weights_path
+from repspace.study.weights import surrogate_paths
 from repspace.study.origin import provenance
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
@@ -589,7 +590,7 @@ def test_an_arm_is_trained_measured_kept_and_found_again(place):
 
 def test_a_surrogate_with_a_subset_of_its_own_is_the_run_of_its_seed(place):
     from repspace import data, train
-    from repspace.study import condition as made
+    from repspace.study.weights import surrogates
     held = Condition("digits", "tiny-cnn", "logit-norm:6", RECIPE | {"train_images": 100, "subset": "own"})
     seen, fit = {}, train.fit
     def listen(classifier, dataset, recipe, regularizer, seed, *args, **options):
@@ -598,7 +599,7 @@ def test_a_surrogate_with_a_subset_of_its_own_is_the_run_of_its_seed(place):
     dataset = data.load("digits", seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit", listen)
-        nets = made._surrogates(held, dataset, 1, place / "runs")
+        nets = surrogates(held, dataset, 1, place / "runs")
     wanted = data.first(dataset.train, 100, train.stream(0, "subset")).images
     assert set(nets) == {"plain", "same"} and nets["plain"].hold is None and nets["same"].hold.size == 6
     assert all((images == wanted).all() for images in seen.values()) and set(seen) == {"none", "logit-norm:6.0"}

@@ -17,13 +17,13 @@ import pandas as pd
 from .. import records
 from . import cluster, jobs, notebooks as executed
 from .additions import import_modules
-from .condition import (PARAMETERS, Condition, check_parameters, check_writable,
-                                      load_classifier, missing_seeds, rehearse, run_condition,
-                                      run_settings, weights_path)
+from .condition import PARAMETERS, Condition, check_parameters, run_settings
 from .definition import Study, read
 from .jobs import Job, new_job
 from .notebooks import execute_notebook
 from .origin import provenance
+from .runs import check_writable, missing_seeds, run_condition
+from .weights import load_classifier, rehearse, weights_path
 
 _all_ = ["Condition", "Job", "PARAMETERS", "Study", "check_parameters", "execute_notebook",
          "import_modules", "load_classifier", "missing_seeds", "provenance", "read", "run_condition",
