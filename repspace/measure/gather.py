@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALONG', 'vectors', 'head_of', 'look', 'look_renewed', 'inside_ball', 'attack_functions', 'attacked', 'searching',
-           'from_attack_first']
+           'search_precision', 'from_attack_first']
 
 # %% ../../nbs/instruments/measure/gather.ipynb #bd754f7c
 import functools
@@ -165,6 +165,10 @@ def attacked(classifier, split, seen, seed, settings):
 def searching(device):
     """What attacks search in on `device` while measuring: the faster precision, as a context."""
     return attacks.searched_in(attacks.fastest_search(device))
+
+def search_precision(device):
+    """In which precision that is: "bf16" or "float32"."""
+    return "bf16" if attacks.fastest_search(device) else "float32"
 
 def from_attack_first(dataset, settings):
     """`dataset` with those test images first that `settings` has attacked; the others follow in a circle."""
