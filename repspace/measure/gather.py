@@ -18,7 +18,7 @@ from ..arrays import to_numpy
 from ..attacks.steps import Ball, ascent
 from ..data import as_float, batches, chunk_size
 from .seen import Attacked, Seen, Vectors
-from ..train import stream
+from ..train import here, stream
 
 # %% ../../nbs/instruments/measure/gather.ipynb #ca22af0f
 def vectors(classifier, images_and_labels):
@@ -166,9 +166,9 @@ def searching(device):
     """What attacks search in on `device` while measuring: the faster precision, as a context."""
     return attacks.searched_in(attacks.fastest_search(device))
 
-def search_precision(device):
-    """In which precision that is: "bf16" or "float32"."""
-    return "bf16" if attacks.fastest_search(device) else "float32"
+def search_precision():
+    """In which precision that is where this process measures: "bf16" or "float32"."""
+    return "bf16" if attacks.fastest_search(here().type) else "float32"
 
 def from_attack_first(dataset, settings):
     """`dataset` with those test images first that `settings` has attacked; the others follow in a circle."""

@@ -44,16 +44,14 @@ LONGEST = 200   # letters of a condition's name, which is also that of its files
 
 @dataclass(frozen=True)
 class Condition:
-    """Data set × model × regularizer × recipe, what is measured; `ValueError` if one is wrong.
-
-    `attack_first`: the number of the first test image that is attacked."""
+    """Data set × model × regularizer × recipe, what is measured; `ValueError` if one is wrong."""
     data: str
     model: str
     regularizer: str
     recipe: dict
     feature_dim: int | None = None
     measures: str = "standard"
-    attack_first: int = 0
+    attack_first: int = 0   # the number of the first test image that is attacked
 
     def __post_init__(self):
         if not isinstance(self.data, str): raise ValueError(f"data {self.data!r} is no text")
@@ -65,8 +63,7 @@ class Condition:
         if self.measures not in DEPTHS:
             raise ValueError(f"measures {self.measures!r} is unknown; allowed are {', '.join(DEPTHS)}")
         if type(self.attack_first) is not int or not 0 <= self.attack_first <= 10 ** 9:
-            raise ValueError(f"attack_first is {self.attack_first!r}; allowed are whole numbers from 0, that "
-                             "of a test image")
+            raise ValueError(f"attack_first is {self.attack_first!r}; allowed are whole numbers from 0")
         if len(self.slug) > LONGEST:
             raise ValueError(f"{self.slug[:50]}… is a name of {len(self.slug)} letters, and files "
                              f"have at most {LONGEST}: take a shorter path or fewer regularizers")
@@ -144,14 +141,13 @@ def run_settings(condition, seed):
 def _circumstances():
     """Library versions, device and threads of this process, and in what its attacks search."""
     import torch
-    from repspace import train
     from repspace.measure.gather import search_precision
     names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
     versions = {name: importlib.metadata.version(name) for name in names}
     versions |= {"python": sys.version.split()[0]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"versions": versions, "device": device, "threads": torch.get_num_threads(),
-            "search": search_precision(train.here().type)}
+            "search": search_precision()}
 
 def _peak_memory_mb():
     import resource
@@ -286,17 +282,11 @@ def _surrogates(condition, dataset, seed, runs):
             for name, (sibling, other, path) in surrogate_paths(condition, seed, runs).items()}
 
 # %% ../../nbs/instruments/study/condition.ipynb #123bd62f
-def _settings(condition):
-    """The `measure.Settings` of a condition."""
-    from repspace.measure import settings
-    return settings(condition.data, condition.measures, condition.attack_first)
-
-def _measure(condition, classifier, dataset, seed, runs):
+def _measure(condition, classifier, dataset, seed, runs, settings):
     from repspace import measure, regularize, train
-    device, settings = train.here(), _settings(condition)
-    untrained = _untrained(condition, dataset, seed).to(device)
+    device, untrained = train.here(), _untrained(condition, dataset, seed)
     surrogates = _surrogates(condition, dataset, seed, runs) if settings.thorough else None
-    return measure.run(classifier.to(device), untrained, dataset.to(device),
+    return measure.run(classifier.to(device), untrained.to(device), dataset.to(device),
                        regularize.get(condition.regularizer), seed, settings, surrogates)
 
 def _describe(condition, seed, study):
@@ -317,15 +307,16 @@ def _make(condition, seed, study, runs):
 
 def _make_of(dataset, condition, seed, study, runs):
     """`_make`, of the data set as it was loaded."""
-    from repspace import data
+    from repspace import data, measure
+    settings = measure.settings(condition.data, condition.measures, condition.attack_first)
     dataset = dataset._replace(train=data.first(dataset.train, condition.recipe["train_images"]))
     path = weights_path(condition, seed, runs)
     classifier, training, new = _trained(condition, dataset, seed, path)
     start = time.perf_counter()
-    measured = _measure(condition, classifier, dataset, seed, runs)
+    measured = _measure(condition, classifier, dataset, seed, runs, settings)
     seconds = {"train": training["seconds"], "measure": time.perf_counter() - start}
     run = _describe(condition, seed, study) | {
-        "settings": _settings(condition)._asdict(),
+        "settings": settings._asdict(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_mb": _peak_memory_mb(),
         "provenance": provenance() | {"training": training["provenance"]},
