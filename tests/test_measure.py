@@ -325,12 +325,73 @@ def test_attack_scalars_are_those_of_the_attacked_images(pair, digits, measured,
     assert measured.scalars["crossed_fgsm"] == crossed.mean()
 
 
-def test_the_limits_are_those_that_published_records_were_measured_with():
+def test_published_records_can_be_read_and_were_judged_at_the_same_limit():
     for study in ("digits", "cifar10-cpu"):
-        runs = records.load(study, "published").runs
-        for run in runs.itertuples():
-            wanted = measure.settings(run.data)._asdict()
-            assert {name: list(v) if isinstance(v, tuple) else v for name, v in wanted.items()} == run.settings
+        for run in records.load(study, "published").runs.itertuples():
+            then, now = measure.Settings.from_record(run.settings), measure.settings(run.data)
+            for name in ("reference", "steps", "step_fraction", "attack_images", "subset", "directions", "floor_draws"):
+                assert getattr(then, name) == getattr(now, name), name
+            assert then.reference in then.grid and (then.race is None or then.race in then.grid)
+
+
+def test_old_settings_lack_what_came_later_and_nothing_else():
+    old = {name: value for name, value in FEW._asdict().items() if name not in ("race", "attack_first", "strong")}
+    assert measure.Settings.from_record(old) == FEW._replace(race=None)
+    for wrong in (old | {"eps": 3}, {name: value for name, value in old.items() if name != "grid"}):
+        with pytest.raises(ValueError, match="must be"): measure.Settings.from_record(wrong)
+
+
+def test_the_images_attacked_are_those_that_the_settings_say(pair, digits, measured):
+    """Rows are in another order, their numbers say which; what does not ask for an order stays as it was."""
+    later = measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW._replace(attack_first=1000))
+    rows = later.samples
+    assert list(rows["image"]) == [*range(1000, 1597), *range(1000)]
+    assert (rows["label"] == digits.test.labels.numpy()[rows["image"]]).all()
+    assert rows["subset"].sum() == FEW.subset and set(rows["image"][rows["subset"]]) == set(range(1000, 1000 + FEW.subset))
+    assert rows["breaks_pgd"].notna().sum() == 60 and rows["breaks_pgd"][:60].notna().all()
+    back = rows.sort_values("image", ignore_index=True)
+    for name in ("label", "prediction"): assert (back[name] == measured.samples[name]).all()
+    for name in ("confidence", "norm", "apex_gap"): np.testing.assert_allclose(back[name], measured.samples[name], rtol=1e-3, atol=1e-5)
+    for name in ("accuracy", "nll", "rms"): assert later.scalars[name] == pytest.approx(measured.scalars[name], rel=1e-5)
+    assert later.scalars["success_pgd"] != measured.scalars["success_pgd"]
+    assert np.array_equal(later.logits["labels"], rows["label"])
+
+
+def test_the_least_limit_of_either_loss_is_that_of_the_rows(measured, tmp_path):
+    rows = measured.samples[:60]
+    least = np.minimum(rows.breaks_pgd, rows.breaks_margin).to_numpy()
+    limits = np.where(np.isinf(least), 2 * FEW.grid[-1], least)
+    assert measured.scalars["log2_break"] == pytest.approx(np.log2(limits[least > 0]).mean())
+    assert measured.scalars["success_any"] == (least[least > 0] <= FEW.reference).mean()
+    pgd = rows.breaks_pgd[rows.breaks_pgd > 0]
+    assert measured.scalars["success_pgd_race"] == (pgd <= 23).mean()
+    np.testing.assert_allclose(rows["log2_break"][least > 0], np.log2(limits[least > 0]), rtol=1e-6)
+    assert rows["log2_break"][least == 0].isna().all() and measured.samples["log2_break"][60:].isna().all()
+    _, context = as_recorded(measured, tmp_path)
+    assert sorted(context.attacks["pgd"].along) == [limit for limit in FEW.grid if limit != FEW.reference]
+    for limit, logits in context.attacks["pgd"].along.items():
+        assert np.array_equal(logits, measured.logits[f"moved.pgd@{limit:g}"].astype(float)) and logits.shape == (60, 10)
+        broken = logits.argmax(1) != measured.logits["labels"][:60]
+        assert (rows.breaks_pgd[broken] <= limit).all()   # and what is not broken here may be at a lower limit
+
+
+def test_a_record_without_the_margin_loss_has_no_least_limit(measured, tmp_path):
+    seen, context = as_recorded(measured, tmp_path)
+    del context.attacks["margin"]
+    assert not groups.least_limits(seen, context).scalars and not groups.least_limits(seen, context).columns
+
+
+def test_strong_attacks_are_of_the_first_images_alone(pair, digits, measured):
+    budget = measure.Budget(images=40, steps=5, targets=2, queries=20)
+    one = measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW._replace(strong=budget))
+    new = {f"{kind}_{name}" for kind in ("success", "robust_accuracy") for name in ("apgd", "apgdt", "square")}
+    assert set(one.scalars) - set(measured.scalars) == new | {"success_union"}
+    rows, strong = one.samples[:40], ["breaks_apgd", "breaks_apgdt", "breaks_square"]
+    assert (one.samples[strong].notna().sum() == 40).all()
+    broken = (rows[[*strong, "breaks_fgsm", "breaks_pgd", "breaks_margin"]] <= FEW.reference).any(axis=1)
+    right = rows.label == rows.prediction
+    assert one.scalars["success_union"] == pytest.approx(broken[right].mean())
+    assert {name: one.scalars[name] for name in measured.scalars} == measured.scalars
 
 
 def as_recorded(measured, folder, regularizer="label-smoothing:0.1"):

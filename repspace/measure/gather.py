@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALONG', 'vectors', 'head_of', 'look', 'look_renewed', 'inside_ball', 'attack_functions', 'attacked', 'searching',
-           'from_attack_first']
+           'search_precision', 'from_attack_first']
 
 # %% ../../nbs/instruments/measure/gather.ipynb #bd754f7c
 import functools
@@ -18,7 +18,7 @@ from ..arrays import to_numpy
 from ..attacks.steps import Ball, ascent
 from ..data import as_float, batches, chunk_size
 from .seen import Attacked, Seen, Vectors
-from ..train import stream
+from ..train import here, stream
 
 # %% ../../nbs/instruments/measure/gather.ipynb #ca22af0f
 def vectors(classifier, images_and_labels):
@@ -165,6 +165,10 @@ def attacked(classifier, split, seen, seed, settings):
 def searching(device):
     """What attacks search in on `device` while measuring: the faster precision, as a context."""
     return attacks.searched_in(attacks.fastest_search(device))
+
+def search_precision():
+    """In which precision that is where this process measures: "bf16" or "float32"."""
+    return "bf16" if attacks.fastest_search(here().type) else "float32"
 
 def from_attack_first(dataset, settings):
     """`dataset` with those test images first that `settings` has attacked; the others follow in a circle."""

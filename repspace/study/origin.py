@@ -88,13 +88,13 @@ def code_key():
 def circumstances():
     """Library versions, device and threads of this process, and in what its attacks search."""
     import torch
-    from repspace import attacks, train
+    from repspace.measure.gather import search_precision
     names = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
     versions = {name: importlib.metadata.version(name) for name in names}
     versions |= {"python": sys.version.split()[0]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    search = "bf16" if attacks.fastest_search(train.here().type) else "float32"
-    return {"versions": versions, "device": device, "threads": torch.get_num_threads(), "search": search}
+    return {"versions": versions, "device": device, "threads": torch.get_num_threads(),
+            "search": search_precision()}
 
 def peak_memory_mb():
     import resource
