@@ -7,9 +7,10 @@ __all__ = ['SpanHead', 'span_basis', 'span_head', 'span_norms', 'span_projector'
            'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets', 'soft_minimum',
            'CenterCorrelation', 'alignment', 'along_centers', 'center_correlation', 'cosine', 'logit_scale', 'rms',
            'span_cosines', 'unit', 'ConeDegree', 'RayInterval', 'cone_degree', 'first_misclassified_step',
-           'random_directions', 'ray_interval', 'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'ThreeFactors',
-           'displacement', 'three_factors', 'three_factors_from_logits', 'tied', 'CenterStability', 'NeuralCollapse',
-           'center_stability', 'neural_collapse']
+           'random_directions', 'ray_interval', 'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'FourFactors',
+           'ThreeFactors', 'displacement', 'four_factors_from_logits', 'lateralities', 'leaves', 'three_factors',
+           'three_factors_from_logits', 'tied', 'CenterStability', 'NeuralCollapse', 'center_stability',
+           'neural_collapse']
 
 # %% ../../nbs/instruments/geometry/index.ipynb #38476694
 from .span import (SpanHead, span_basis, span_head, span_norms, span_projector,
@@ -21,8 +22,8 @@ from .vectors import (CenterCorrelation, alignment, along_centers,
 from .cones import (ConeDegree, RayInterval, cone_degree,
     first_misclassified_step, random_directions, ray_interval)
 from .planes import (loss_gradient, plane, plane_axes)
-from .factors import (Displacement, ThreeFactors, displacement, three_factors,
-    three_factors_from_logits, tied)
+from .factors import (Displacement, FourFactors, ThreeFactors, displacement,
+    four_factors_from_logits, lateralities, leaves, three_factors, three_factors_from_logits, tied)
 from repspace.geometry.collapse import (CenterStability, NeuralCollapse, center_stability,
     neural_collapse)
 
@@ -32,5 +33,6 @@ _all_ = ["SpanHead", "span_basis", "span_head", "span_norms", "span_projector", 
          "CenterCorrelation", "alignment", "along_centers", "center_correlation", "cosine", "logit_scale", "rms", "span_cosines", "unit",
          "ConeDegree", "RayInterval", "cone_degree", "first_misclassified_step", "random_directions", "ray_interval",
          "loss_gradient", "plane", "plane_axes",
-         "Displacement", "ThreeFactors", "displacement", "three_factors", "three_factors_from_logits", "tied",
+         "Displacement", "FourFactors", "ThreeFactors", "displacement", "four_factors_from_logits", "lateralities", "leaves",
+         "three_factors", "three_factors_from_logits", "tied",
          "CenterStability", "NeuralCollapse", "center_stability", "neural_collapse"]
