@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'FEWEST', 'four_factors', 'exchange_four', 'needed', 'race', 'WhyRobust', 'why_robust', 'race_attack',
            'robustness_by_seed', 'explain_robustness']
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #f4b67238
+# %% ../../nbs/instruments/interventions/robustness.ipynb #11e65d97
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from .runs import (attacked_run, common_seeds, loaded, moved_by, paired,
                                          plain_pairs)
 from .success import success_change
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #f80d8467
+# %% ../../nbs/instruments/interventions/robustness.ipynb #491c03b8
 def four_factors(run, attack, rows=slice(None)):
     """Margin, displacement, direction and lateral part of an attack on a `Run` → FourFactors.
 
@@ -28,7 +28,7 @@ def four_factors(run, attack, rows=slice(None)):
     return four_factors_from_logits(run.weight, run.bias, run.logits[:len(moved)][rows], moved[rows],
                                     run.labels[:len(moved)][rows])
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #9d89eb07
+# %% ../../nbs/instruments/interventions/robustness.ipynb #ae980d6a
 def exchange_four(plain, regularized):
     """Share that leaves its class with `FourFactors` from two runs → (2, 2, 2, 2), 1 for the regularized.
 
@@ -42,7 +42,7 @@ def exchange_four(plain, regularized):
         rates[take] = leaves(FourFactors(*(runs[i][part] for part, i in enumerate(take)))).mean()
     return rates
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #50145348
+# %% ../../nbs/instruments/interventions/robustness.ipynb #6be84653
 def needed(factors):
     """The least ρ that leaves the class along the way of the displacement, of `FourFactors` → (N,).
 
@@ -59,7 +59,7 @@ def race(plain, regularized):
     moved = [each.displacement for each in (plain, regularized)]
     return stats.shapley(np.array([[(rho > bound).mean() for rho in moved] for bound in least]))
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #37982a75
+# %% ../../nbs/instruments/interventions/robustness.ipynb #1dff20cc
 class WhyRobust(NamedTuple):
     """What each factor adds to the success of an attack: the first four add up to `effect`.
 
@@ -96,7 +96,7 @@ def why_robust(plain, regularized, attack, match="image"):
     numbers = *stats.shapley(rates), effect, *race(*four), toward, success_change(runs, attack) - effect
     return WhyRobust(*map(float, numbers), images)
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #8b500727
+# %% ../../nbs/instruments/interventions/robustness.ipynb #e2c5f395
 def race_attack(settings, attacks):
     """The name among `attacks` of PGD at the race limit of a record's `settings`, else at the reference."""
     limit = settings.get("race")
@@ -124,7 +124,7 @@ def robustness_by_seed(recorded, plain, regularized, attack=None):
         rows[seed] = why_robust(*runs, attack or _attack_of(recorded, plain, runs[0]))
     return pd.DataFrame(rows.values(), pd.Index(rows, name="seed"), WhyRobust._fields)
 
-# %% ../../nbs/instruments/interventions/robustness.ipynb #216b3361
+# %% ../../nbs/instruments/interventions/robustness.ipynb #ea74871c
 def explain_robustness(recorded, plain, regularized, attack=None, level=0.95):
     """`why_robust` over the seeds that two conditions share, as a table.
 
