@@ -405,26 +405,26 @@ def test_why_robust_of_a_study_with_its_spread(study):
     assert np.isclose(np.mean(parts), 0) and np.isclose(table["spread"]["direction"], np.std(parts))
 
 
-def test_the_race_limit_and_the_first_attacked_image_come_from_the_settings(tmp_path, monkeypatch):
+def test_the_race_limit_comes_from_the_settings(tmp_path, monkeypatch):
     for condition, push in (("plain", 1.0), ("reg", 0.5)):
         run = trained(0, push=push)
-        samples = pd.DataFrame({"image": np.arange(300), "label": run.labels, "subset": np.arange(300) >= 200})
-        content = {"study": "late", "condition": condition, "seed": 0, "scalars": {"radius": 2.0}, "model": "net",
-                   "identity": condition, "regularizer": "none", "settings": {"reference": 16, "race": 23, "attack_first": 200}}
-        moved = run.moved["a"][200:]
-        records.write(tmp_path / "runs" / "late" / condition / "0", content, samples,
+        samples = pd.DataFrame({"image": np.arange(300), "label": run.labels, "subset": True})
+        content = {"study": "race", "condition": condition, "seed": 0, "scalars": {"radius": 2.0}, "model": "net",
+                   "identity": condition, "regularizer": "none", "settings": {"reference": 16, "race": 23}}
+        moved = run.moved["a"]
+        records.write(tmp_path / "runs" / "race" / condition / "0", content, samples,
                       {"labels": run.labels, "clean": run.logits, "moved.pgd": 0 * moved, "moved.pgd@23": moved[:60]},
                       {"weight": run.weight, "bias": run.bias})
     monkeypatch.setenv("REPSPACE_RUNS", str(tmp_path / "runs"))
-    found = interventions.robustness_by_seed("late", "plain", "reg").loc[0]
-    rows = [run._replace(labels=run.labels[200:260], logits=run.logits[200:260], moved={"a": run.moved["a"][200:260]})
+    found = interventions.robustness_by_seed("race", "plain", "reg").loc[0]
+    pair = [run._replace(labels=run.labels[:60], logits=run.logits[:60], moved={"a": run.moved["a"][:60]})
             for run in (trained(0), trained(0, push=0.5))]
-    expected = interventions.why_robust(*rows, "a")
+    expected = interventions.why_robust(*pair, "a")
     assert expected.effect < -0.05 and np.allclose(found, expected, atol=1e-9)
+    assert interventions.robustness_by_seed("race", "plain", "reg", "pgd")["effect"].loc[0] == 0
+    monkeypatch.setattr(interventions.robustness, "FEWEST", 61)
     with pytest.raises(ValueError, match="fewer than 61 images"):
-        few = records.load("late")
-        monkeypatch.setattr(interventions.robustness, "FEWEST", 61)
-        interventions.explain_robustness(few, "plain", "reg")
+        interventions.explain_robustness("race", "plain", "reg")
 
 
 def test_one_seed_has_means_but_neither_shares_nor_null(study):

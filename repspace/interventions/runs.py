@@ -31,16 +31,12 @@ class Run(NamedTuple):
     moved: dict = {}
 
 
-def run_from(arrays, centers=None, first=0):
-    """The `Run` of a record's `arrays`, a dict as `records.arrays` gives it.
-
-    `first`: which row is that of the first attacked image; the rows before it go to the end.
-    """
+def run_from(arrays, centers=None):
+    """The `Run` of a record's `arrays`, a dict as `records.arrays` gives it."""
     weight, bias = (arrays[f"head.{name}"].astype(float) for name in ("weight", "bias"))
     moved = {name.removeprefix("moved."): a.astype(float) for name, a in arrays.items()
              if name.startswith("moved.")}
-    labels, logits = (np.roll(arrays[name], -first, axis=0) for name in ("labels", "clean"))
-    return Run(weight, bias, centers, labels, logits.astype(float), moved)
+    return Run(weight, bias, centers, arrays["labels"], arrays["clean"].astype(float), moved)
 
 # %% ../../nbs/instruments/interventions/runs.ipynb #9103c05c
 def loaded(recorded):
@@ -48,24 +44,17 @@ def loaded(recorded):
     return records.load(recorded) if isinstance(recorded, str) else recorded
 
 
-def _rows(table, condition, seed):
-    return table[(table["condition"] == condition) & (table["seed"] == seed)]
-
-
 def attacked_run(recorded, condition, seed):
     """The `Run` of a condition and seed in `recorded`, a `records.Records`, without its centers."""
-    arrays = recorded.arrays(condition, seed)
-    settings = _rows(recorded.runs, condition, seed)["settings"].iloc[0]
-    first = settings.get("attack_first", 0)
-    before = (_rows(recorded.samples, condition, seed)["image"] < first).sum() if first else 0
-    return run_from(arrays, first=int(before))
+    return run_from(recorded.arrays(condition, seed))
 
 
 def run_of(recorded, condition, seed):
     """The `Run` of a condition and seed in `recorded`, a Records or the name of a study."""
     recorded = loaded(recorded)
     run = attacked_run(recorded, condition, seed)
-    radius = _rows(recorded.runs, condition, seed)["radius"].iloc[0]
+    runs = recorded.runs
+    radius = runs.loc[(runs["condition"] == condition) & (runs["seed"] == seed), "radius"].iloc[0]
     return run._replace(centers=class_centers(run.weight, run.bias, radius).centers)
 
 # %% ../../nbs/instruments/interventions/runs.ipynb #b725cf91
