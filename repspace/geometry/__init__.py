@@ -8,9 +8,10 @@ __all__ = ['SpanHead', 'span_basis', 'span_head', 'span_norms', 'span_projector'
            'CenterCorrelation', 'alignment', 'along_centers', 'center_correlation', 'correlation_with_confidence',
            'cosine', 'logit_scale', 'rms', 'span_cosines', 'unit', 'ConeDegree', 'RayInterval', 'cone_degree',
            'degree_along', 'first_misclassified_step', 'of_largest_bias', 'random_directions', 'ray_interval',
-           'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'ThreeFactors', 'displacement', 'three_factors',
-           'three_factors_from_logits', 'tied', 'CenterStability', 'NeuralCollapse', 'center_stability',
-           'class_distance_variance', 'nearest_mean_mismatch', 'neural_collapse']
+           'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'FourFactors', 'ThreeFactors', 'displacement',
+           'four_factors_from_logits', 'lateralities', 'leaves', 'three_factors', 'three_factors_from_logits', 'tied',
+           'CenterStability', 'NeuralCollapse', 'center_stability', 'class_distance_variance', 'nearest_mean_mismatch',
+           'neural_collapse']
 
 # %% ../../nbs/instruments/geometry/index.ipynb #38476694
 from .span import (SpanHead, span_basis, span_head, span_norms, span_projector,
@@ -22,8 +23,8 @@ from .vectors import (CenterCorrelation, alignment, along_centers,
 from .cones import (ConeDegree, RayInterval, cone_degree, degree_along,
     first_misclassified_step, of_largest_bias, random_directions, ray_interval)
 from .planes import (loss_gradient, plane, plane_axes)
-from .factors import (Displacement, ThreeFactors, displacement, three_factors,
-    three_factors_from_logits, tied)
+from .factors import (Displacement, FourFactors, ThreeFactors, displacement,
+    four_factors_from_logits, lateralities, leaves, three_factors, three_factors_from_logits, tied)
 from .collapse import (CenterStability, NeuralCollapse, center_stability,
     class_distance_variance, nearest_mean_mismatch, neural_collapse)
 
@@ -33,6 +34,7 @@ _all_ = ["SpanHead", "span_basis", "span_head", "span_norms", "span_projector", 
          "CenterCorrelation", "alignment", "along_centers", "center_correlation", "correlation_with_confidence", "cosine", "logit_scale", "rms", "span_cosines", "unit",
          "ConeDegree", "RayInterval", "cone_degree", "degree_along", "first_misclassified_step", "of_largest_bias", "random_directions", "ray_interval",
          "loss_gradient", "plane", "plane_axes",
-         "Displacement", "ThreeFactors", "displacement", "three_factors", "three_factors_from_logits", "tied",
+         "Displacement", "FourFactors", "ThreeFactors", "displacement", "four_factors_from_logits", "lateralities", "leaves",
+         "three_factors", "three_factors_from_logits", "tied",
          "CenterStability", "NeuralCollapse", "center_stability",
          "class_distance_variance", "nearest_mean_mismatch", "neural_collapse"]

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from .. import vocabulary
-from . import groups
 from .context import Budget, Context, Settings, settings
 from .groups import GROUPS, RECORDED, measured
 from .seen import Attacked, Recorded, Seen, Vectors, from_record

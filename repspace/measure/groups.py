@@ -10,7 +10,7 @@ __all__ = ['RECORDED', 'GROUPS', 'predicted', 'fitted', 'curve', 'under_attack',
 import numpy as np
 
 from .. import calibration, stats, vocabulary
-from . import confidence, directions, lengths, regions
+from . import confidence, directions, lengths, regions, toward
 from .values import Values
 
 # %% ../../nbs/instruments/measure/groups.ipynb #386d3ebd
@@ -124,7 +124,7 @@ def rows(seen, context):
 RECORDED = (rows, predicted, confidence.calibrated, confidence.calibrated_otherwise, confidence.scaled,
             confidence.errors_detected, lengths.magnitude, lengths.finite_norm, directions.aligned,
             directions.span_correlations, regions.cones, regions.cones_by_class, regions.right_cones,
-            regions.scaled_biases, under_attack, least_limits)
+            regions.scaled_biases, under_attack, least_limits, toward.toward_origin)
 GROUPS = (*RECORDED, fitted, confidence.corrupted, lengths.training_magnitude, lengths.toward_finite_norm,
           directions.aligned_reachable, directions.clean_statistics, directions.center_correlations,
           directions.collapsed, regions.random_cones, regions.untrained_cones, regions.untrained_right_cones)
