@@ -20,13 +20,14 @@ def centered_logit_norms(seen):
 
 def magnitude(seen, context):
     """Lengths of the test vectors: RMS, in the span, its share of the whole, and as logits."""
-    scalars = {"rms": seen.rms.mean(), "span_norm": seen.span_norms.mean(), "span_share": seen.span_shares.mean(),
+    scalars = {"rms": seen.rms.mean(), "span_norm": seen.span_norms.mean(),
+               "span_share": seen.span_shares.mean(),
                "logit_scale": geometry.logit_scale(seen.weight, seen.located).mean(),
                "centered_logit_norm": np.median(centered_logit_norms(seen))}
     return Values(scalars, {"span_share": seen.span_shares})
 
 def training_magnitude(seen, context):
-    """Medians of ‖Pz‖ (`radius`, that of the centers) and ‖z‖ of the training vectors; the mean ‖Pz‖."""
+    """Of the training vectors: medians of ‖Pz‖ (`radius`, that of the centers) and ‖z‖, the mean ‖Pz‖."""
     return Values({"radius": seen.radius, "radius_whole": seen.radius_whole,
                    "train_span_norm": seen.train_span_norms.mean()})
 
