@@ -105,16 +105,21 @@ class Draws:
         self.nothing = samples.head(0)
         self.conditions = {(*_net(run), run["regularizer"]): run["condition"] for run in runs}
         self.same_images = (samples.groupby("image")["label"].nunique() == 1).all()
-        self._drawn, self._scalars = {}, {}
+        self._drawn, self._counts, self._scalars = {}, {}, {}
 
     @cached_property
     def reference(self): return records.reference(self.recorded.runs)
 
     def counts(self, rows, data, seed):
         """How often each image of the `rows` of a run with this seed is drawn: (n_draws, n)."""
-        places, by_itself = rows["image"].to_numpy() if self.same_images else _places(rows, data, seed), 0
-        if places is None: places, by_itself = rows["image"].to_numpy(), int(seed) + 1
-        return self._draw(data, by_itself)[:, places]
+        image = rows["image"].to_numpy()
+        key = data, None if self.same_images else int(seed), image.tobytes()
+        if key not in self._counts:
+            places, by_itself = image if self.same_images else _places(rows, data, seed), 0
+            if places is None: places, by_itself = image, int(seed) + 1
+            if len(self._counts) > 99: self._counts.clear()   # it is for the rows that runs of a seed share
+            self._counts[key] = self._draw(data, by_itself)[:, places]
+        return self._counts[key]
 
     def _draw(self, data, by_itself):
         if (data, by_itself) not in self._drawn:

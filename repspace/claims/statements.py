@@ -97,9 +97,10 @@ def values(measure, pair):
 
 # %% ../../nbs/instruments/claims/statements.ipynb #d5e197d3
 def _on_same_images(column, pair):
-    keys = ["seed", "image"]
+    keys, samples = ["seed", "image"], (pair.samples, pair.partner_samples)
+    if any(s.empty or column not in s for s in samples): raise KeyError(column)
     both = [s.loc[s["subset"] & (s["label"] == s["prediction"]), [*keys, column]]
-            for s in (pair.samples, pair.partner_samples)]
+            for s in samples]
     merged = both[0].merge(both[1], on=keys, suffixes=("", "_partner"), validate="one_to_one")
     return (merged[column] - merged[f"{column}_partner"]).groupby(merged["seed"]).mean()
 
