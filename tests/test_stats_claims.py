@@ -145,7 +145,8 @@ def judged(claim, value, n_seeds=10):
         first = claims.get(claim.after).primary
         paired = list(claims.pairs(constructed({first: first.region.high + 0.2}, n_seeds)))
         for _, pair, _, _ in paired:
-            pair.kept["reasons"] = pd.DataFrame({"direction": value, "turned": 0.1}, pair.runs.index).reindex(columns=claims.computed.parts)
+            parts = [m.name.removeprefix("part_") for m in claim.measures]
+            pair.kept["reasons"] = pd.DataFrame({"direction": value, "toward": 0.1}, pair.runs.index).reindex(columns=parts)
         ledger = claims.ledger(None, claim_ids=[claim.id], paired=paired)
     return ledger[ledger["measure"] == claim.primary.name]
 

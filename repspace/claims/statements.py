@@ -326,7 +326,8 @@ register(Claim(
     (_part("margin", "part of the margin"), _part("displacement", "part of the displacement"),
      _part("lateral", "part of the direction sideways"),
      _part("effect", "change of PGD's success, images right in both"),
-     _part("turned", "change of the cosine of displacement and way to the origin", unit="")),
+     _part("toward", "change of the cosine of displacement and way to the origin", unit=""),
+     _part("race_margin", "part of the margin, of two"), _part("race_displacement", "part of the displacement, of two")),
     not_for=("logit-norm",), after="robustness"))
 
 # %% ../../nbs/instruments/claims/statements.ipynb #0cffbb34
