@@ -123,7 +123,8 @@ def _parsed(content):
 def commits(made):
     """The commits that trained and measured a run, from what its record says of how it was `made`."""
     measured = (made or {}).get("provenance") or {}
-    return {measured.get("commit"), (measured.get("training") or measured).get("commit")}
+    both = measured.get("commit"), (measured.get("training") or measured).get("commit")
+    return {commit if isinstance(commit, str) else None for commit in both}
 
 def status(study, made, history):
     """ "confirmatory" or "exploratory", for `made`: how each run of a row was made, by seed, a list of (seed, made)."""

@@ -77,9 +77,9 @@ def summary(ledger):
 # %% ../../nbs/instruments/claims/tables.ipynb #064681db
 def overview(ledger, folder="findings"):
     """Claims × studies as a `Markdown` table: verdict and counts; chapters in `folder`."""
-    ledger, rows = headline(ledger), []
+    there, ledger, rows = set(ledger["claim"]), headline(ledger), []
     studies = list(dict.fromkeys(ledger["study"]))
-    for claim in (claim for claim in CLAIMS if claim.id in set(ledger["claim"])):
+    for claim in (claim for claim in CLAIMS if claim.id in there):
         of_claim = ledger[ledger["claim"] == claim.id]
         cells = [_overall_cell(of_claim.loc[of_claim["study"] == study, "verdict"]) for study in studies]
         rows.append([Markdown("{}: {}", _chapter_link(claim, folder), claim.sentence), *cells])
