@@ -7,6 +7,7 @@ import torchattacks
 
 from repspace import attacks, data, regularize, train
 from repspace.attacks.auto import auto_attack
+from repspace.attacks.steps import ascent
 
 from .race import race, row, torch_profile
 from .sample import images
@@ -56,19 +57,42 @@ def counted(net, side, passes):
     return run
 
 
-def compared(what, sides, repeats, net, x, y, **more):
-    """Rows for `sides`, functions that return which images (N,) still stand."""
+def gradient_cost(net, x, y):
+    """How many forward passes of the images `x` a pass with a gradient takes as long as."""
+    with attacks.frozen(net):
+        seconds, _, _ = race({"forward": lambda: attacks.logits_of(net, x, len(x)),
+                              "gradient": lambda: ascent(net, x, y)}, repeats=5)
+    return min(seconds["gradient"]) / min(seconds["forward"])
+
+
+def irreducible(passes, survivors, least, cost):
+    """What share of each side's work is passes of images that survive: whoever runs the stages must do these.
+
+    `least`: (forward, gradient) passes of a survivor, `cost`: of a gradient, in forward passes. With it, how many
+    times faster than the peer any code could be that gives the same answer in the same passes."""
+    work = {side: (forward - gradient) + gradient * cost for side, (forward, gradient) in passes.items()}
+    floor = survivors * (least[0] + least[1] * cost)
+    return {"shares": {side: floor / done for side, done in work.items()}, "gradient_cost": cost,
+            "most": work["theirs"] / floor if floor else None}
+
+
+def compared(what, sides, repeats, net, x, y, least=None, **more):
+    """Rows for `sides`, functions that return which images (N,) still stand; `least`: as in `irreducible`."""
     passes = {side: [0, 0] for side in sides}
     seconds, stands, memory = race({side: counted(net, run, passes[side]) for side, run in sides.items()}, repeats)
     share = {side: kept.double().mean().item() for side, kept in stands.items()}
     clean = standing(net, x, y).double().mean().item()
     for peer in [side for side in sides if side != "ours"]:
         agree = abs(share["ours"] - share[peer]) <= 0.01 + 1e-9
+        of_peer = {"ours": list(passes["ours"]), "theirs": list(passes[peer])}
+        if least:
+            cost = gradient_cost(net, x[:64], y[:64])
+            more["irreducible"] = irreducible(of_peer, int(stands["ours"].sum()), least, cost)
         yield row(f"{what}, {len(y)} images", seconds, peer, None, agree,
                   f"robust accuracy {share['ours']:.1%} and {share[peer]:.1%}, clean {clean:.1%}",
                   2 if peer == PEER else 1, memory,
                   partial(torch_profile, sides["ours"]), data=images()[1], device=x.device.type,
-                  passes={"ours": list(passes["ours"]), "theirs": list(passes[peer])}, **more)
+                  passes=of_peer, **more)
 
 
 def pgd(device="cpu", count=300, steps=20, train_images=8000, repeats=2):
@@ -92,7 +116,7 @@ def pgd(device="cpu", count=300, steps=20, train_images=8000, repeats=2):
                             eps_255=eps * 255)
 
 
-def auto(device="cpu", count=200, steps=10, queries=300, train_images=8000, repeats=2):
+def auto(device="cpu", count=500, steps=10, queries=300, train_images=8000, repeats=2):
     """APGD by cross-entropy, APGD by the targeted DLR, Square, each on what the one before it left."""
     (net, radii), (x, y) = victim(train_images, device), targets(count, device)
     classes = net.head.out_features
@@ -107,4 +131,4 @@ def auto(device="cpu", count=200, steps=10, queries=300, train_images=8000, repe
             return standing(net, torchattacks.MultiAttack(stages)(x, y), y)
 
         yield from compared(f"auto_attack, about {survive:.0%} survive", {"ours": ours, PEER: theirs}, repeats, net, x, y,
-                            steps=steps, queries=queries, eps_255=eps * 255)
+                            least=(queries, steps * classes), steps=steps, queries=queries, eps_255=eps * 255)

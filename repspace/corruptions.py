@@ -45,12 +45,20 @@ def _brightness(images, factor, seed):
     return transforms.adjust_brightness(images, factor)
 
 # %% ../nbs/instruments/corruptions.ipynb #23f62584
+def _strips(pixels):
+    "`pixels` (N, H, W, …) in arrays that JPEG treats as it would each image; images lie below one another."
+    n, height, width = pixels.shape[:3]
+    whole_blocks = pixels.ndim == 3 and height % 8 == 0 and width % 8 == 0
+    step = max(1, 65_500 // height) if whole_blocks else 1             # the longest side of a JPEG
+    return [pixels[i:i + step].reshape(-1, *pixels.shape[2:]) for i in range(0, n, step)]
+
+
 def _jpeg(images, quality, seed):
     shape = images.permute(0, 2, 3, 1).shape                 # Pillow takes (H, W, 3), or (H, W)
     pixels = (images.permute(0, 2, 3, 1).float() * 255).round().byte().cpu().numpy()
     pixels = pixels[..., 0] if shape[3] == 1 else pixels
-    stored = [np.asarray(transforms.jpeg(PIL.Image.fromarray(image), quality)) for image in pixels]
-    back = torch.from_numpy(np.stack(stored)).reshape(shape).permute(0, 3, 1, 2)
+    stored = [np.asarray(transforms.jpeg(PIL.Image.fromarray(strip), quality)) for strip in _strips(pixels)]
+    back = torch.from_numpy(np.concatenate(stored)).reshape(shape).permute(0, 3, 1, 2)
     return back.to(images.device).float().div(255).to(images.dtype).contiguous()
 
 # %% ../nbs/instruments/corruptions.ipynb #67f569ca

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verdicts', 'Interval', 'mean_interval', 'Region', 'region', 'verdict', 'decision_p', 'holm', 'Decision', 'decide',
-           'detectable', 'share', 'over_seeds', 'shapley', 'bootstrap_counts', 'correlation']
+           'detectable', 'share', 'over_seeds', 'shapley', 'bootstrap_counts', 'correlation', 'partial_correlation']
 
 # %% ../nbs/instruments/stats.ipynb #d3f45acc
 from math import comb
@@ -222,3 +222,14 @@ def correlation(x, y, weights=None):
     with np.errstate(invalid="ignore"):
         r = np.clip(together / np.sqrt(_spread(x, mean) * _spread(y, mean)), -1, 1)
     return r if r.ndim else float(r)
+
+# %% ../nbs/instruments/stats.ipynb #1ee864ce
+def partial_correlation(x, y, given):
+    """Correlation of `x` with `y`, both (N,), given a third quantity (N,), as a number.
+
+    NaN with fewer than 4 samples, without spread, or where `given` explains one of them alone.
+    """
+    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
+    left = (1 - xz**2) * (1 - yz**2)
+    if len(np.asarray(x)) < 4 or not min(1 - xz**2, 1 - yz**2) > 1e-12: return float("nan")
+    return float(np.clip((xy - xz * yz) / np.sqrt(left), -1, 1))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from repspace import data, regularize, train
-from repspace.attacks import breaking_point, fgsm, pgd, sign_noise, transfer
+from repspace.attacks import apgd, auto_attack_report, breaking_point, fgsm, pgd, searched_in, sign_noise, transfer
 from repspace.attacks.steps import climb, distances, frozen, logits_of, random_point
 
 with warnings.catch_warnings():  # theirs, about regular expressions and packaging
@@ -316,3 +316,76 @@ def test_on_a_gpu_as_on_the_cpu(digits, memory_format):
         moved = pgd(net, x.cuda(), y.cuda(), eps, norm=norm)
         assert moved.is_cuda and distances(moved, x.cuda(), norm).max() <= eps * (1 + 1e-9)
     assert torch.equal(fgsm(net, x.cuda(), y.cuda(), 0), x.cuda())
+
+
+# Searching in bfloat16
+
+SEARCHES = {"pgd": partial(pgd, steps=7), "pgd, until broken": partial(pgd, steps=7, until_broken=True),
+            "margin": partial(pgd, steps=7, loss="margin"), "l2": partial(pgd, steps=7, norm="l2"),
+            "apgd": partial(apgd, steps=10), "targeted": partial(apgd, steps=5, loss="dlr-targeted", n_targets=3)}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_in_bfloat16_stays_in_the_ball_and_finds_about_as_much(digits, name):
+    net, x, y = digits[0], digits[1][:300], digits[2][:300]
+    eps = 1.0 if name == "l2" else 16 / 255
+    exact = SEARCHES[name](net, x, y, eps)
+    with searched_in(torch.bfloat16): moved = SEARCHES[name](net, x, y, eps)
+    assert moved.dtype == x.dtype and not torch.equal(moved, exact)
+    assert distances(moved, x, "l2" if name == "l2" else "linf").max() <= eps and 0 <= moved.min() and moved.max() <= 1
+    assert abs(robust(net, moved, y) - robust(net, exact, y)) <= 0.02
+    assert torch.equal(SEARCHES[name](net, x, y, eps), exact), "what was switched on is off again"
+
+
+class TwoFaced(nn.Module):
+    """A net that is wrong about every image as soon as it is asked under autocast."""
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.asked = net, [0, 0]
+
+    def forward(self, x):
+        rough = torch.is_autocast_enabled("cpu")
+        self.asked[rough] += len(x)
+        return -self.net(x) if rough else self.net(x)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_only_what_the_net_itself_gets_wrong_is_counted(digits, name):
+    net, x, y = TwoFaced(digits[0]), digits[1][:100], digits[2][:100]
+    eps = 0.1 if name == "l2" else 1 / 255
+    with searched_in(torch.bfloat16):
+        moved = SEARCHES[name](net, x, y, eps)
+        breaks = breaking_point(net, x, y, [eps], SEARCHES[name] if name != "l2" else fgsm)
+    assert net.asked[True] > 0
+    assert torch.equal(breaks == 0, logits_of(digits[0], x).argmax(1) != y)
+    assert (breaks.isinf() | (breaks == 0)).double().mean() > 0.9, "it had been misled about all of them"
+    assert robust(digits[0], moved, y) > robust(digits[0], x, y) - 0.1
+
+
+def test_auto_attack_reports_in_bfloat16_what_the_net_gets_wrong(digits):
+    net, x, y = digits[0], digits[1][:150], digits[2][:150]
+    few = dict(steps=5, n_targets=2, n_queries=30)
+    exact = auto_attack_report(net, x, y, 16 / 255, **few)
+    with searched_in(torch.bfloat16): report = auto_attack_report(net, x, y, 16 / 255, **few)
+    assert torch.equal(report.broken, logits_of(net, report.images).argmax(1) != y)
+    assert distances(report.images, x).max() <= 16 / 255 and not report.flags
+    assert abs(report.broken.double().mean() - exact.broken.double().mean()) <= 0.02
+
+
+def test_no_search_in_bfloat16_unless_it_is_asked_for(digits):
+    net = TwoFaced(digits[0])
+    pgd(net, digits[1][:20], digits[2][:20], 1 / 255, steps=2)
+    with searched_in(torch.bfloat16), searched_in(None): apgd(net, digits[1][:20], digits[2][:20], 1 / 255, steps=2)
+    assert net.asked[True] == 0 and net.asked[False] > 0
+
+
+def test_halving_finds_what_the_walk_finds_where_an_attack_is_not_fickle(digits):
+    """FGSM without a random start on a linear net, and PGD on a net up to what chance does."""
+    net, x, y = digits[0], digits[1][:300], digits[2][:300]
+    grid = [n / 255 for n in (4, 8, 11, 16, 23, 32, 45, 64)]
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert torch.equal(breaking_point(linear, x, y, grid, order="halving"), breaking_point(linear, x, y, grid))
+    attack = partial(pgd, steps=7)
+    walked, halved = (breaking_point(net, x, y, grid, attack, order=order) for order in ("up", "halving"))
+    assert torch.equal(walked == 0, halved == 0) and (walked != halved).double().mean() < 0.2
+    assert abs((walked <= grid[3]).double().mean() - (halved <= grid[3]).double().mean()) < 0.03

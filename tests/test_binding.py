@@ -200,7 +200,7 @@ def test_an_error_of_the_system_renames_and_writes_nothing(place, code, monkeypa
 
 @pytest.mark.parametrize("code", ["EMFILE", "EACCES", "ENOMEM"])
 def test_a_run_that_cannot_be_read_now_is_not_made_again(place, code, monkeypatch):
-    from repspace.study import condition as study
+    from repspace import study
     recipe = {"epochs": 1, "batch_size": 50, "lr": 0.05}
     condition = study.Condition("digits", "tiny-cnn", "none", recipe)
     for seed in range(2):

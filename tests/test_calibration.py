@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import brier_score_loss, log_loss
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from repspace import calibration
 from repspace.calibration import (FeatureScaling, TemperatureScaling, brier, calibration_floor,
@@ -143,8 +143,8 @@ def test_on_every_edge_and_its_neighbours_the_value_decides(dtype, n_bins):
 
 def test_edges_of_float64_are_as_divided():
     confidence = np.arange(16) / 15
-    assert calibration._bins(confidence, 15, "width")[1].tolist() == [0, *range(15)]
-    assert calibration._bins(np.array([0.3]), 10, "width")[1] == 2
+    assert calibration.errors.in_bins(confidence, 15, "width")[1].tolist() == [0, *range(15)]
+    assert calibration.errors.in_bins(np.array([0.3]), 10, "width")[1] == 2
     assert 0.3 < 3 * (1 / 10)                                 # multiples of a rounded 1/10 would miss it
 
 
@@ -155,7 +155,7 @@ def test_confidence_zero_is_in_the_first_bin():
     columns = [by_definition(p[:, k], y == k) for k in range(3)]
     assert classwise_calibration_error(p, y) == pytest.approx(np.mean(columns), abs=1e-15)
     assert columns == [0.25, 0.5, 0.25]
-    assert calibration._bins(np.zeros(1), 15, "width")[1].tolist() == [0]
+    assert calibration.errors.in_bins(np.zeros(1), 15, "width")[1].tolist() == [0]
 
 
 def test_rounding_above_one_is_still_a_probability():
@@ -203,7 +203,7 @@ def test_of_equal_probabilities_the_first_is_the_prediction():
         counts = rng.multinomial(4, np.full(classes, 1 / classes), size=500)      # many ties
         coarse = counts / 4
         labels = np.arange(500) % classes
-        top, hits = calibration._judged(coarse, labels)
+        top, hits = calibration.errors.judged(coarse, labels)
         assert (top == coarse.max(1)).all() and (hits == (coarse.argmax(1) == labels)).all()
 
 
@@ -227,7 +227,7 @@ def test_blocks_do_not_show(monkeypatch):
     p, y = predictions(1000, 5)
     measures = expected_calibration_error, brier, nll, confidence_gap, classwise_calibration_error
     before = [measure(p, y) for measure in measures]
-    monkeypatch.setattr(calibration, "_BLOCK", 35)
+    monkeypatch.setattr(calibration.errors, "_BLOCK", 35)
     assert [measure(p, y) for measure in measures] == pytest.approx(before, abs=1e-14)
     p[-1] = 2
     for measure in measures:                                  # also a fault in the last block is found
@@ -540,3 +540,86 @@ def test_a_million_predictions_lose_no_digits():
     exact = np.abs(np.bincount(bins.clip(0, 14), weights=gap)).sum() / 1e6
     assert expected_calibration_error(p, y) == pytest.approx(exact, abs=1e-13)
     assert torchmetrics_ece(p, y) == pytest.approx(exact, abs=1e-4)
+
+
+# --- other errors ---------------------------------------------------------------------------------
+
+# Made once with relplot 1.0.3 and uncertainty-calibration 0.1.4, which are not installed here, by
+#     p, y = predictions(n, classes, 0, sharpness); c, h = p.max(1), (p.argmax(1) == y).astype(float)
+#     bins = [b for b in calibration.utils.fast_bin(list(zip(c, h)), [i / 15 for i in range(1, 16)]) if len(b) > 1]
+#     numpy.random.seed(0); calibration.utils.normal_debiased_ce(bins, power=1, resamples=200_000)
+#     relplot.smECE(c, h), relplot.smECE_sigma(c, h, 0.05)
+# The first draws bins' accuracies 200,000 times; the second looks for its width in steps of 1/1024.
+PEERS = [((800, 10, 2.0), 0.214437, 0.214734, 0.214786), ((3000, 5, 2.0), 0.192561, 0.192905, 0.192813),
+         ((2000, 3, 1.0), 0.031141, 0.025109, 0.014480), ((4000, 10, 0.5), 0.121400, 0.121623, 0.121765)]
+
+
+@pytest.mark.parametrize("made, debiased, smooth, at_width", PEERS)
+def test_debiased_and_smooth_errors_agree_with_their_authors_code(made, debiased, smooth, at_width):
+    p, y = predictions(*made[:2], 0, made[2])
+    assert calibration.debiased_calibration_error(p, y) == pytest.approx(debiased, abs=1e-4)
+    assert calibration.smooth_calibration_error(p, y) == pytest.approx(smooth, abs=6e-4)
+    confidence, hits = calibration.errors.judged(p, y)
+    on_grid = calibration.estimators._on_grid(confidence, confidence - hits)
+    assert calibration.estimators._smoothed(on_grid, 0.05) == pytest.approx(at_width, abs=3e-4)
+
+
+def test_the_debiased_error_by_drawing():
+    p, y = predictions(500, 6)
+    count, confidence, accuracy = calibration.estimators.binned(*calibration.errors.judged(p, y))
+    rng = np.random.default_rng(0)
+    redrawn = rng.normal(accuracy, np.sqrt(accuracy * (1 - accuracy) / count), (200_000, len(count)))
+    mean = (np.abs(redrawn - confidence) @ count / count.sum()).mean()
+    expected = 2 * expected_calibration_error(p, y) - mean
+    assert calibration.debiased_calibration_error(p, y) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 40])
+def test_largest_and_mean_square_errors_agree_with_torchmetrics_and_netcal(classes):
+    p, y = predictions(2500, classes, seed=1)
+    largest, square = calibration.maximum_calibration_error(p, y), calibration.rms_calibration_error(p, y)
+    theirs = {norm: multiclass_calibration_error(torch.as_tensor(p), torch.as_tensor(y), classes, n_bins=15,
+                                                 norm=norm).item() for norm in ("max", "l2")}
+    assert largest == pytest.approx(theirs["max"], abs=1e-6) and square == pytest.approx(theirs["l2"], abs=1e-6)
+    if classes > 2:   # of two classes netcal takes the second one's probability, not the top one's
+        from netcal.metrics import MCE
+        assert largest == pytest.approx(MCE(15).measure(p, y), abs=1e-6)
+    assert expected_calibration_error(p, y) <= square <= largest
+
+
+@pytest.mark.parametrize("digits", [3, 1])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_error_detection_agrees_with_scikit_learn_and_with_its_definition(classes, digits):
+    """To one digit, many confidences are the same: AURC is then the mean over orders, of which 300 are drawn."""
+    p, y = predictions(120, classes, seed=2)
+    p = p.round(digits) / p.round(digits).sum(1, keepdims=True)
+    p = p.round(6) / p.round(6).sum(1, keepdims=True)
+    confidence, right = p.max(1), p.argmax(1) == y
+    found = calibration.error_detection(p, y)
+    assert found.auroc == pytest.approx(roc_auc_score(right, confidence), abs=1e-12)
+    rng, areas = np.random.default_rng(0), []
+    for _ in range(300):
+        order = np.lexsort((rng.random(len(y)), -confidence))
+        areas.append(np.mean([(~right[order[:n]]).mean() for n in range(1, len(y) + 1)]))
+    assert found.aurc == pytest.approx(np.mean(areas), abs=4 * np.std(areas) / 300 ** 0.5 + 1e-12)
+    assert (np.std(areas) > 1e-6) == (len(set(confidence)) < len(y))
+
+
+def test_other_errors_at_their_ends():
+    """All right, all wrong, constant logits, a class that never occurs, one sample; tensors and logits."""
+    certain, wrong = np.eye(3), np.array([1, 2, 0])
+    flat, two = np.full((40, 4), 0.25), np.arange(40) % 2
+    for error in (calibration.debiased_calibration_error, calibration.smooth_calibration_error,
+                  calibration.maximum_calibration_error, calibration.rms_calibration_error):
+        assert error(certain, np.arange(3)) == pytest.approx(0, abs=1e-12)
+        assert error(certain, wrong) == pytest.approx(1, abs=1e-6)
+        assert error(flat, two) == pytest.approx(0.25, abs=0.02)          # accuracy .5, confidence .25
+        p, y = predictions(300, 7)
+        logits = torch.tensor(np.log(p))
+        assert error(logits, torch.tensor(y), from_logits=True) == pytest.approx(error(p, y), abs=1e-9)
+        with pytest.raises(ValueError, match="sum to 1"): error(2 * p, y)
+    assert np.isnan(calibration.error_detection(certain, np.arange(3)).auroc)
+    assert np.isnan(calibration.error_detection(certain, wrong).auroc)
+    assert calibration.error_detection(certain, np.arange(3)).aurc == 0
+    assert calibration.error_detection(flat, two) == pytest.approx((0.5, 0.5))
+    assert calibration.error_detection(certain[:1], [0]).aurc == 0

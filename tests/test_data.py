@@ -154,3 +154,11 @@ def test_classes_that_differ_or_are_empty_are_named(folder):
             if (folder / part / name).is_dir(): (folder / part / name).rmdir()
     with pytest.raises(ValueError, match="two or more"):
         data.load(f"folder:{folder}")
+
+
+def test_first_classes_are_those_of_the_whole_set(tmp_path):
+    whole, few = data.load("digits", seed=3), data.load("digits:2", seed=3)
+    for split, of_whole in zip((few.train, few.test), (whole.train, whole.test)):
+        assert torch.equal(split.images, of_whole.images[of_whole.labels < 2])
+        assert set(split.labels.tolist()) == {0, 1}
+    assert few.mean == (few.train.images.double().mean().item(),) and few.classes == ("0", "1")

@@ -28,7 +28,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # else whatever else runs her
 from repspace import data, records, study
 from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, run_condition
+from repspace.study import Condition, run_condition
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
 PLAIN, MIXUP = "digits.tiny-cnn.none", "digits.tiny-cnn.mixup-1.0"
@@ -170,7 +170,7 @@ LONG = """
 import functools, sys
 from repspace import train
 from repspace.study import checkpoint
-from repspace.study.condition import Condition, run_condition
+from repspace.study import Condition, run_condition
 checkpoint.EVERY = 0   # a checkpoint after every epoch
 train.fit = functools.partial(train.fit, progress=True)
 recipe = {"epochs": 60, "batch_size": 50, "lr": 0.05}

@@ -11,7 +11,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 
 from repspace import geometry, records
 from repspace.geometry import solvers
-from repspace.study.condition import Condition, run_condition
+from repspace.study import Condition, run_condition
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STUDIES = records.studies("published", results=RESULTS)

@@ -17,7 +17,7 @@ from repspace import data, records, study
 from repspace.study import checkpoint, cluster, definition, digests, jobs, notebooks
 from repspace.study.__main__ import main
 from repspace.study.checkpoint import Unusable, read_bound
-from repspace.study.condition import Condition, load_classifier, missing_seeds, run_condition, run_settings, weights_path
+from repspace.study import Condition, load_classifier, missing_seeds, run_condition, run_settings, weights_path
 from repspace.study.origin import code_key
 
 RECIPE = {"epochs": 1, "batch_size": 8, "lr": 0.05}

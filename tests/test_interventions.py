@@ -240,8 +240,9 @@ def test_only_margins_changed_then_they_have_the_whole_effect():
     found = interventions.success_effect(plain, tilted, "a")
     assert abs(found.effect) > 0.02 and found.images < len(plain.labels)
     near(found._asdict(), margin=found.effect, displacement=0, laterality=0)
-    rates = [interventions._success(run, "a") for run in (plain, tilted)]
-    assert np.isclose(found.effect + found.selection, rates[1] - rates[0])
+    broken = [(run.moved["a"].argmax(1) != run.labels)[run.logits.argmax(1) == run.labels].mean()
+              for run in (plain, tilted)]
+    assert np.isclose(found.effect + found.selection, broken[1] - broken[0])
 
 
 def test_all_changed_then_they_add_up_and_turn_round():
@@ -272,6 +273,83 @@ def test_edges_of_a_split():
     flat = run._replace(weight=run.weight[[0, 0, 0, 0, 0, 1]], logits=0 * run.logits + run.bias)
     with pytest.raises(ValueError, match="most of whose rows differ"):
         interventions.intervene(run, flat, scale="logits")
+
+
+# ---- four factors ----
+
+def by_hand(run, i):
+    """ẑ, ‖Pz‖, ρ, t and l of image i, from vectors: least squares on the centered head, no package code."""
+    W, center = run.weight - run.weight.mean(0), lambda u: u - u.mean()
+    z = np.linalg.lstsq(W, center(run.logits[i] - run.bias), rcond=None)[0]
+    move = np.linalg.lstsq(W, center(run.moved["a"][i] - run.logits[i]), rcond=None)[0]
+    size, length = np.linalg.norm(z), np.linalg.norm(move)
+    t = -(move @ z) / (size * length)
+    side = move + t * length * z / size
+    return z / size, size, length / size, t, side / np.linalg.norm(side)
+
+
+def leaves_by_hand(margin, rho, t, lateral, i):
+    """Whether image i leaves, each factor from one of the runs (by the definition, class by class)."""
+    y, (direction, size) = margin.labels[i], by_hand(margin, i)[:2]
+    rho, t, side = by_hand(rho, i)[2], by_hand(t, i)[3], by_hand(lateral, i)[4]
+    for j in range(len(margin.weight)):
+        if j == y: continue
+        here, there = (run.weight[y] - run.weight[j] for run in (margin, lateral))
+        unit = np.linalg.norm(here)
+        boundary = (margin.bias[y] - margin.bias[j]) / (unit * size) + (1 - rho * t) * (here @ direction) / unit
+        if boundary + rho * np.sqrt(1 - t**2) * (there @ side) / np.linalg.norm(there) < 0: return True
+    return False
+
+
+def test_sixteen_combinations_by_hand():
+    runs = trained(0, n=60), trained(0, n=60, push=0.6, inward=0.5, tilt=1.0, closer=0.7)
+    both = [i for i in range(60) if all(run.logits[i].argmax() == run.labels[i] for run in runs)]
+    rates, orders = {}, list(permutations(range(4)))
+    for take in np.ndindex(2, 2, 2, 2):
+        rates[take] = np.mean([leaves_by_hand(*(runs[k] for k in take), i) for i in both])
+    parts = np.zeros(4)
+    for order in orders:
+        now = [0] * 4
+        for k in order:
+            before, now[k] = rates[tuple(now)], 1
+            parts[k] += (rates[tuple(now)] - before) / len(orders)
+    found = interventions.why_robust(*runs, "a")
+    assert found.images == len(both) and np.allclose(found[:4], parts) and abs(parts).min() > 0
+    assert np.isclose(found.effect, rates[1, 1, 1, 1] - rates[0, 0, 0, 0])
+    toward = [np.mean([by_hand(run, i)[3] for i in both]) for run in runs]
+    assert np.isclose(found.toward, toward[1] - toward[0])
+
+
+def test_units_rotations_and_the_order_of_classes_change_nothing():
+    pair = trained(0), trained(0, push=0.6, inward=0.5, tilt=1.0)
+    found, rng = interventions.why_robust(*pair, "a"), np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    other = pair[1]._replace(weight=7 * pair[1].weight @ turn)                       # z → turned and shorter
+    louder = pair[1]._replace(weight=3 * pair[1].weight, bias=3 * pair[1].bias, logits=3 * pair[1].logits,
+                              moved={"a": 3 * pair[1].moved["a"]})
+    longer = pair[1]._replace(bias=3 * pair[1].bias, logits=3 * pair[1].logits, moved={"a": 3 * pair[1].moved["a"]})
+    for changed in (other, louder, longer):
+        assert np.allclose(interventions.why_robust(pair[0], changed, "a"), found)
+    order = rng.permutation(6)
+    shuffled = [run._replace(weight=run.weight[order], bias=run.bias[order], labels=np.argsort(order)[run.labels],
+                             logits=run.logits[:, order], moved={"a": run.moved["a"][:, order]}) for run in pair]
+    assert np.allclose(interventions.why_robust(*shuffled, "a"), found)
+
+
+def test_a_farther_push_is_displacement_and_biases_are_margin_in_four_factors_too():
+    for changed, cause in (({"push": 2.0}, "displacement"), ({"tilt": 1.5}, "margin")):
+        found = interventions.why_robust(trained(0), trained(0, **changed), "a")
+        assert abs(found.effect) > 0.02
+        near(found._asdict(), **{part: found.effect if part == cause else 0
+                                 for part in ("margin", "displacement", "direction", "lateral")})
+        assert np.isclose(found.race_margin + found.race_displacement, found.effect)
+
+
+def test_two_classes_have_no_lateral_part():
+    runs = [interventions.Run(run.weight[:2], run.bias[:2], None, run.labels % 2, run.logits[:, :2],
+                              {"a": run.moved["a"][:, :2]}) for run in (trained(0), trained(0, push=2.0, tilt=1.0))]
+    found = interventions.why_robust(*runs, "a")
+    assert found.lateral == 0 and np.isclose(sum(found[:4]), found.effect)
 
 
 # ---- over records ----
@@ -316,6 +394,39 @@ def test_success_of_a_study_beside_its_null(study):
         interventions.explain_success(study, "plain", "short")
 
 
+def test_why_robust_of_a_study_with_its_spread(study):
+    by_seed = interventions.robustness_by_seed(study, "plain", "short", "a")
+    assert list(by_seed.index) == list(range(5)) and (by_seed["images"] >= 20).all()
+    table = interventions.explain_robustness(study, "plain", "short", "a")
+    assert np.allclose(table["mean"][list(by_seed)[:9]], by_seed.mean()[:9])
+    assert np.isclose(table["share"]["displacement"], 1, atol=1e-6)
+    runs = {seed: interventions.run_of(study, "plain", seed) for seed in range(5)}
+    parts = [interventions.why_robust(runs[a], runs[b], "a").direction for a in runs for b in runs if a != b]
+    assert np.isclose(np.mean(parts), 0) and np.isclose(table["spread"]["direction"], np.std(parts))
+
+
+def test_the_race_limit_comes_from_the_settings(tmp_path, monkeypatch):
+    for condition, push in (("plain", 1.0), ("reg", 0.5)):
+        run = trained(0, push=push)
+        samples = pd.DataFrame({"image": np.arange(300), "label": run.labels, "subset": True})
+        content = {"study": "race", "condition": condition, "seed": 0, "scalars": {"radius": 2.0}, "model": "net",
+                   "identity": condition, "regularizer": "none", "settings": {"reference": 16, "race": 23}}
+        moved = run.moved["a"]
+        records.write(tmp_path / "runs" / "race" / condition / "0", content, samples,
+                      {"labels": run.labels, "clean": run.logits, "moved.pgd": 0 * moved, "moved.pgd@23": moved[:60]},
+                      {"weight": run.weight, "bias": run.bias})
+    monkeypatch.setenv("REPSPACE_RUNS", str(tmp_path / "runs"))
+    found = interventions.robustness_by_seed("race", "plain", "reg").loc[0]
+    pair = [run._replace(labels=run.labels[:60], logits=run.logits[:60], moved={"a": run.moved["a"][:60]})
+            for run in (trained(0), trained(0, push=0.5))]
+    expected = interventions.why_robust(*pair, "a")
+    assert expected.effect < -0.05 and np.allclose(found, expected, atol=1e-9)
+    assert interventions.robustness_by_seed("race", "plain", "reg", "pgd")["effect"].loc[0] == 0
+    monkeypatch.setattr(interventions.robustness, "FEWEST", 61)
+    with pytest.raises(ValueError, match="fewer than 61 images"):
+        interventions.explain_robustness("race", "plain", "reg")
+
+
 def test_one_seed_has_means_but_neither_shares_nor_null(study):
     recorded = records.load(study)
     recorded = recorded._replace(runs=recorded.runs[recorded.runs["seed"] == 3])
@@ -342,13 +453,35 @@ def test_published_norms_cosines_displacements_and_success_are_found_again_witho
         cosines = geometry.span_cosines(*head, run.logits, run.centers)
         assert np.allclose(cosines, told["cos_predicted_span"], atol=0.02)
         q = geometry.span_vectors(*head, run.logits)
-        for attack, moved in run.moved.items():
+        for attack in [name for name in run.moved if "@" not in name]:   # other limits have no columns
+            moved = run.moved[attack]
             relative = displacement(q[:len(moved)], geometry.span_vectors(*head, moved)).relative
             margin, laterality, rho = interventions.factors(run, attack)
             assert np.allclose(rho, relative, atol=1e-9)
             assert np.allclose(rho, told[f"rho_span_{attack}"][:len(moved)], rtol=0.1, atol=0.02)
             leaves = (rho[:, None] * laterality > margin).any(1)
             assert (leaves == (told[f"label_{attack}"] != told["label"])[:len(moved)]).all()
+
+
+@pytest.mark.parametrize("study", ["digits", "digits-2d", "cifar10-cpu"])
+def test_with_all_four_factors_of_one_run_its_success_is_exactly_its_own(study):
+    published = records.load(study, "published")
+    for row in published.runs.itertuples():
+        run = interventions.attacked_run(published, row.condition, row.seed)
+        for attack, moved in run.moved.items():
+            y = run.labels[:len(moved)]
+            wrong, leaves = moved.argmax(1) != y, geometry.leaves(interventions.four_factors(run, attack))
+            assert (wrong == leaves)[~geometry.tied(moved, y)].all()
+
+
+def test_the_parts_are_those_of_a_second_review():
+    """The figures in the preregistered analysis, of the direction's part at the old limit, in points."""
+    for study, net, expected in (("cifar10-cpu", "cifar10.resnet8", (-.5, -.7, -.5)),
+                                 ("digits", "digits.tiny-cnn", (-2.5, .7, -1.5))):
+        published = records.load(study, "published")
+        for regularizer, points in zip(("label-smoothing-0.1", "mixup-1.0", "cutmix-1.0"), expected):
+            found = interventions.robustness_by_seed(published, f"{net}.none", f"{net}.{regularizer}", "pgd")
+            assert abs(100 * found["direction"].mean() - points) < 0.1
 
 
 def test_rounded_records_tell_the_same(digits):
@@ -373,6 +506,7 @@ def test_reading_needs_no_torch():
             "digits = records.load('digits', 'published'); "
             "names = 'digits.tiny-cnn.none', 'digits.tiny-cnn.mixup-1.0'; "
             "interventions.explain_confidence(digits, *names); interventions.explain_success(digits, *names); "
+            "interventions.explain_robustness(digits, *names); "
             "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision')))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "repspace"
 
 # room: the rooms it imports, in the order of the layers; no room imports one below itself
 ROOMS = {
-    "vocabulary": (),
+    "text": (),
+    "vocabulary": ("text",),
     "arrays": (),
     "stats": ("vocabulary", "arrays"),
     "calibration": ("arrays",),

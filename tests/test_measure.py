@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import scipy.spatial.distance
 import scipy.special
 import scipy.stats
 import torch
+from sklearn.metrics import roc_auc_score
 
-from repspace import attacks, measure, records, regularize, train, vocabulary
+from repspace import attacks, corruptions, measure, records, regularize, train, vocabulary
 from repspace.data import load
 from repspace.measure import Context, Values, gather, groups
 from repspace.vocabulary import Recipe
@@ -83,7 +85,10 @@ def test_scalars_are_those_of_numpy_and_scipy(measured, arrays):
         "brier": ((p - np.eye(10)[y]) ** 2).sum(1).mean(), "confidence_gap": p.max(1).mean() - (p.argmax(1) == y).mean(),
         "rms": np.sqrt((z ** 2).mean(1)).mean(), "span_norm": np.sqrt((Pz ** 2).sum(1)).mean(),
         "logit_scale": np.sqrt((Pz ** 2).sum(1)).mean() * np.median(scipy.spatial.distance.pdist(W)),
-        "radius": np.median(np.sqrt((arrays["train_z"] ** 2).sum(1))),
+        "radius": np.median(np.sqrt((span_of(W, arrays["train_z"]) ** 2).sum(1))),
+        "radius_whole": np.median(np.sqrt((arrays["train_z"] ** 2).sum(1))),
+        "span_share": (np.sqrt((Pz ** 2).sum(1)) / np.sqrt((z ** 2).sum(1))).mean(),
+        "centered_logit_norm": np.median(np.linalg.norm((np.eye(10) - 0.1) @ W @ z.T, axis=0)),
         "train_span_norm": np.sqrt((span_of(W, arrays["train_z"]) ** 2).sum(1)).mean()}
     for name, value in expected.items():
         assert measured.scalars[name] == pytest.approx(value, rel=1e-6), name
@@ -101,6 +106,172 @@ def test_the_degree_of_cone_is_that_of_a_bisection_on_the_ray(measured, arrays):
         low, high = np.where(same, low, middle), np.where(same, middle, high)
     gaps = measured.samples["apex_gap"].to_numpy()[:200]
     assert np.abs(np.where(at_origin, 0, high) - gaps).max() < 1e-6
+
+
+def entry(W, b, z):
+    """How far along the ray to each of `z` its region begins, by its definition: the last crossing before 1."""
+    out = np.zeros(len(z))
+    for i, s in enumerate(z @ W.T):
+        k = (s + b).argmax()
+        out[i] = max([0] + [-(b[k] - b[j]) / (s[k] - s[j]) for j in range(len(b)) if s[k] > s[j]])
+    return out
+
+
+def test_cones_are_judged_on_correct_vectors_that_are_not_of_the_largest_bias(pair, digits, measured, arrays):
+    z, y, W, b = (arrays[name] for name in ("z", "y", "W", "b"))
+    predicted, lo = (z @ W.T + b).argmax(1), entry(W, b, z)
+    chosen = (predicted == y) & (predicted != b.argmax())
+    assert 1000 < chosen.sum() < (predicted == y).sum() and (lo[predicted == b.argmax()] == 0).all()
+    distance = lo * np.sqrt((span_of(W, z) ** 2).sum(1))
+    with torch.no_grad():
+        before = pair[1].eval().features(digits.test.images.float()).double().numpy()
+    W0, b0 = (p.detach().double().numpy() for p in (pair[1].head.weight, pair[1].head.bias))
+    also = chosen & ((before @ W0.T + b0).argmax(1) != b0.argmax())
+    degree = 1 - entry(W0, b0, before[also]).mean() if also.any() else None
+    for name, value in {"cone_degree_right": 1 - lo[chosen].mean(), "cone_entry_right": distance[chosen].mean(),
+                        "cone_share_beyond_tenth": (lo[chosen] > 0.1).mean(),
+                        "untrained_cone_degree_right": degree}.items():
+        assert measured.scalars[name] == (None if value is None else pytest.approx(value, rel=1e-6)), name
+    for k in (0, 3, 10, 30):
+        assert measured.scalars[f"cone_degree_bias_{k}"] == pytest.approx(1 - entry(W, k * b, z).mean(), rel=1e-6)
+        if k: assert measured.scalars[f"bias_agreement_{k}"] == ((z @ W.T + k * b).argmax(1) == predicted).mean()
+
+
+def test_the_projection_on_the_finite_norm_and_what_is_left_of_the_loss(measured, arrays):
+    z, s, y, W, b = (arrays[name] for name in ("train_z", "train_s", "train_y", "W", "b"))
+    t, basis = np.full((10, 10), 0.01) + 0.9 * np.eye(10), scipy.linalg.orth((W[1:] - W[0]).T)
+    loss = lambda u, k: -t[k] @ scipy.special.log_softmax(W @ (basis @ u) + b)
+    minima = [basis @ scipy.optimize.minimize(loss, np.zeros(9), args=(k,), method="BFGS", options={"gtol": 1e-8}).x
+              for k in range(10)]
+    along = [(z[i] @ minima[y[i]]) / (minima[y[i]] @ minima[y[i]]) for i in range(len(y)) if s[i].argmax() == y[i]]
+    assert measured.scalars["norm_projection"] == pytest.approx(np.mean(along), rel=1e-4)
+    mean = np.mean([-t[k] @ scipy.special.log_softmax(row) for k, row in zip(y, s)])
+    assert measured.scalars["soft_loss_excess"] == pytest.approx(mean - scipy.stats.entropy(t[0]), rel=1e-6)
+
+
+def test_centers_against_their_best_rival_in_the_span(measured, arrays):
+    z, W, b = (arrays[name] for name in ("z", "W", "b"))
+    Pz, p = span_of(W, z), scipy.special.softmax(arrays["s"], 1)
+    means = np.array([arrays["train_z"][arrays["train_y"] == k].mean(0) for k in range(10)])
+
+    def r(points, within):
+        of_class = []
+        for k, c in enumerate(span_of(W, points)):
+            rows = p.argmax(1) == k if within else slice(None)
+            cosine = Pz[rows] @ c / np.linalg.norm(Pz[rows], axis=1) / np.linalg.norm(c)
+            of_class.append(scipy.stats.pearsonr(cosine, p[rows, k]).statistic)
+        return np.mean(of_class)
+    rivals = {"mean": means, "centered_mean": means - means.mean(0), "weight": W, "centered_weight": W - W.mean(0)}
+    for own in ("", "predicted_"):
+        values = {kind: r(points, own != "") for kind, points in rivals.items()}
+        for kind, value in values.items():
+            assert measured.scalars[f"center_r_span_{own}{kind}"] == pytest.approx(value, abs=1e-5), kind
+        assert measured.scalars[f"center_r_span_{own}rival"] == pytest.approx(max(values.values()), abs=1e-5)
+    basis = scipy.linalg.orth((W[1:] - W[0]).T)
+    for name, factor in (("minimal", 1), ("minimal_tenth", 0.1), ("minimal_tenfold", 10)):
+        limit, centers = factor * measured.scalars["radius"], []
+        for k in range(10):
+            margin = lambda v: scipy.special.logsumexp(np.delete((W - W[k]) @ basis @ v * limit + b - b[k], k))
+            ball = {"type": "ineq", "fun": lambda v: 1 - v @ v}
+            centers.append(basis @ scipy.optimize.minimize(margin, basis.T @ W[k] / np.linalg.norm(W[k]) / 2,
+                                                           constraints=ball, tol=1e-12).x)
+        assert measured.scalars[f"center_r_span_{name}"] == pytest.approx(r(np.array(centers), False), abs=2e-3), name
+
+
+def test_collapse_by_pairs_and_by_the_nearest_mean(measured, arrays):
+    z, y, s = (arrays[f"train_{name}"] for name in ("z", "y", "s"))
+    means = np.array([z[y == k].mean(0) for k in range(10)])
+    nearest = scipy.spatial.distance.cdist(z, means).argmin(1)
+    assert measured.scalars["nc_4"] == (nearest != s.argmax(1)).mean()
+    wide = [((z[y == k] - means[k]) ** 2).sum(1).mean() for k in range(10)]
+    pairs = [(wide[i] + wide[j]) / 2 / ((means[i] - means[j]) ** 2).sum() for i in range(10) for j in range(i)]
+    assert measured.scalars["nc_cdnv"] == pytest.approx(np.mean(pairs), rel=1e-6)
+
+
+def test_errors_of_calibration_and_of_their_detection(measured, arrays):
+    s, y = arrays["s"], arrays["y"]
+    p, scalars = scipy.special.softmax(s, 1), measured.scalars
+    confidence, hit = p.max(1), (p.argmax(1) == y).astype(float)
+    bins = np.minimum(np.ceil(confidence * 15).astype(int) - 1, 14)
+    gaps = np.array([hit[bins == i].mean() - confidence[bins == i].mean() for i in np.unique(bins)])
+    share = np.array([(bins == i).mean() for i in np.unique(bins)])
+    assert scalars["mce"] == pytest.approx(np.abs(gaps).max(), rel=1e-5)
+    assert scalars["ece_rms"] == pytest.approx(np.sqrt(share @ gaps ** 2), rel=1e-5)
+    assert scalars["abs_gap"] == abs(scalars["confidence_gap"]) > 0
+    assert scalars["nll_calibration"] + scalars["nll_refinement"] == pytest.approx(scalars["nll"], abs=1e-12)
+    assert scalars["nll_refinement"] == scalars["nll_temperature"]
+    assert scalars["auroc_error"] == pytest.approx(roc_auc_score(hit, confidence), abs=1e-6)
+    order = np.argsort(-confidence, kind="stable")
+    assert scalars["aurc"] == pytest.approx(np.mean((1 - hit[order]).cumsum() / np.arange(1, len(y) + 1)), abs=1e-6)
+
+
+def test_corruptions_are_measured_on_the_fixed_subset(pair, digits, measured):
+    x, y = digits.test.images[:FEW.subset].float(), digits.test.labels[:FEW.subset]
+    accurate = []
+    for kind in corruptions.CORRUPTIONS:
+        for severity in range(1, 6):
+            with torch.no_grad(): logits = pair[0].eval()(corruptions.corrupt(x, kind, severity, seed=0))
+            accurate.append((logits.argmax(1) == y).double().mean().item())
+    assert measured.scalars["accuracy_corrupted"] == pytest.approx(np.mean(accurate), abs=1e-9)
+    kept = measured.curves["corruptions"]
+    assert [a for kind in kept.values() for a in kind["accuracy"][1:]] == pytest.approx(accurate, abs=1e-4)
+    assert 0 < measured.scalars["ece_corrupted"] < 1
+
+
+def small(K):
+    """Seen and Context of K classes in three dimensions, drawn at random."""
+    rng = np.random.default_rng(K)
+    weight, bias = rng.normal(size=(K, 3)), rng.normal(size=K)
+
+    def drawn(n):
+        labels = np.arange(n) % K
+        z = np.abs(weight[labels] + rng.normal(size=(n, 3)))
+        return measure.Vectors(z, z @ weight.T + bias, labels)
+    seen = measure.Seen(weight, bias, drawn(90), drawn(60))
+    return seen, Context("label-smoothing:0.1", 0, FEW, untrained=seen)
+
+
+WITHOUT_NET = [group for group in measure.GROUPS if group.__name__ != "corrupted"]
+
+
+def changed(seen, labels=None, logits=None, train_logits=None, bias=None):
+    """`seen` with other labels or logits of its test images, or another bias."""
+    test, inner = seen.test, seen.train
+    if bias is not None:
+        seen = replace(seen, bias=bias)
+        logits, train_logits = (v.features @ seen.weight.T + bias for v in (test, inner))
+    if labels is not None: test = test._replace(labels=labels)
+    if logits is not None: test = test._replace(logits=logits)
+    if train_logits is not None: inner = inner._replace(logits=train_logits)
+    return replace(seen, test=test, train=inner)
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("case", ["as it is", "no right image", "a class is missing", "no bias", "constant logits"])
+def test_every_group_has_an_answer_at_its_ends(K, case):
+    """None where nothing can be said; never an error, for the run would be lost."""
+    seen, context = small(K)
+    wrong = (seen.predictions + 1) % K
+    seen = {"as it is": lambda: seen, "no right image": lambda: changed(seen, labels=wrong),
+            "a class is missing": lambda: changed(seen, labels=np.zeros(90, int)),
+            "no bias": lambda: changed(seen, bias=np.zeros(K)),
+            "constant logits": lambda: changed(seen, logits=np.zeros((90, K)), train_logits=np.zeros((60, K)))}[case]()
+    scalars = measure.plain(measure.measured(seen, replace(context, untrained=seen), WITHOUT_NET).scalars)
+    assert scalars["accuracy"] == (seen.predictions == seen.labels).mean()
+    rarely = {"rms_clean_bn", "span_norm_clean_bn", "alignment_clean_bn", "alignment_span_clean_bn", "accuracy_clean_bn"}
+    missing = {name for name, value in scalars.items() if value is None} - rarely
+    if case == "no right image":
+        assert {"cone_degree_right", "cone_entry_right", "cone_share_beyond_tenth", "untrained_cone_degree_right",
+                "auroc_error"} <= missing
+    if case == "as it is": assert not missing
+    if case == "no bias":
+        assert scalars["cone_degree_right"] == scalars["bias_agreement_30"] == scalars["cone_degree_bias_30"] == 1
+        assert (scalars["cone_entry_right"], scalars["cone_share_beyond_tenth"]) == (0, 0)
+        assert scalars["nll_feature_scale"] == pytest.approx(scalars["nll_temperature"])
+    if case == "constant logits":
+        assert (scalars["mce"], scalars["nll_calibration"]) == pytest.approx(
+            (abs(scalars["accuracy"] - 1 / K), 0), abs=1e-9)
+        assert scalars["auroc_error"] == pytest.approx(0.5)
 
 
 def test_alignment_is_with_the_point_of_least_loss_that_scipy_comes_to(pair, digits, measured, arrays):
@@ -154,12 +325,73 @@ def test_attack_scalars_are_those_of_the_attacked_images(pair, digits, measured,
     assert measured.scalars["crossed_fgsm"] == crossed.mean()
 
 
-def test_the_limits_are_those_that_published_records_were_measured_with():
+def test_published_records_can_be_read_and_were_judged_at_the_same_limit():
     for study in ("digits", "cifar10-cpu"):
-        runs = records.load(study, "published").runs
-        for run in runs.itertuples():
-            wanted = measure.settings(run.data)._asdict()
-            assert {name: list(v) if isinstance(v, tuple) else v for name, v in wanted.items()} == run.settings
+        for run in records.load(study, "published").runs.itertuples():
+            then, now = measure.Settings.from_record(run.settings), measure.settings(run.data)
+            for name in ("reference", "steps", "step_fraction", "attack_images", "subset", "directions", "floor_draws"):
+                assert getattr(then, name) == getattr(now, name), name
+            assert then.reference in then.grid and (then.race is None or then.race in then.grid)
+
+
+def test_old_settings_lack_what_came_later_and_nothing_else():
+    old = {name: value for name, value in FEW._asdict().items() if name not in ("race", "attack_first", "strong")}
+    assert measure.Settings.from_record(old) == FEW._replace(race=None)
+    for wrong in (old | {"eps": 3}, {name: value for name, value in old.items() if name != "grid"}):
+        with pytest.raises(ValueError, match="must be"): measure.Settings.from_record(wrong)
+
+
+def test_the_images_attacked_are_those_that_the_settings_say(pair, digits, measured):
+    """Rows are in another order, their numbers say which; what does not ask for an order stays as it was."""
+    later = measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW._replace(attack_first=1000))
+    rows = later.samples
+    assert list(rows["image"]) == [*range(1000, 1597), *range(1000)]
+    assert (rows["label"] == digits.test.labels.numpy()[rows["image"]]).all()
+    assert rows["subset"].sum() == FEW.subset and set(rows["image"][rows["subset"]]) == set(range(1000, 1000 + FEW.subset))
+    assert rows["breaks_pgd"].notna().sum() == 60 and rows["breaks_pgd"][:60].notna().all()
+    back = rows.sort_values("image", ignore_index=True)
+    for name in ("label", "prediction"): assert (back[name] == measured.samples[name]).all()
+    for name in ("confidence", "norm", "apex_gap"): np.testing.assert_allclose(back[name], measured.samples[name], rtol=1e-3, atol=1e-5)
+    for name in ("accuracy", "nll", "rms"): assert later.scalars[name] == pytest.approx(measured.scalars[name], rel=1e-5)
+    assert later.scalars["success_pgd"] != measured.scalars["success_pgd"]
+    assert np.array_equal(later.logits["labels"], rows["label"])
+
+
+def test_the_least_limit_of_either_loss_is_that_of_the_rows(measured, tmp_path):
+    rows = measured.samples[:60]
+    least = np.minimum(rows.breaks_pgd, rows.breaks_margin).to_numpy()
+    limits = np.where(np.isinf(least), 2 * FEW.grid[-1], least)
+    assert measured.scalars["log2_break"] == pytest.approx(np.log2(limits[least > 0]).mean())
+    assert measured.scalars["success_any"] == (least[least > 0] <= FEW.reference).mean()
+    pgd = rows.breaks_pgd[rows.breaks_pgd > 0]
+    assert measured.scalars["success_pgd_race"] == (pgd <= 23).mean()
+    np.testing.assert_allclose(rows["log2_break"][least > 0], np.log2(limits[least > 0]), rtol=1e-6)
+    assert rows["log2_break"][least == 0].isna().all() and measured.samples["log2_break"][60:].isna().all()
+    _, context = as_recorded(measured, tmp_path)
+    assert sorted(context.attacks["pgd"].along) == [limit for limit in FEW.grid if limit != FEW.reference]
+    for limit, logits in context.attacks["pgd"].along.items():
+        assert np.array_equal(logits, measured.logits[f"moved.pgd@{limit:g}"].astype(float)) and logits.shape == (60, 10)
+        broken = logits.argmax(1) != measured.logits["labels"][:60]
+        assert (rows.breaks_pgd[broken] <= limit).all()   # and what is not broken here may be at a lower limit
+
+
+def test_a_record_without_the_margin_loss_has_no_least_limit(measured, tmp_path):
+    seen, context = as_recorded(measured, tmp_path)
+    del context.attacks["margin"]
+    assert not groups.least_limits(seen, context).scalars and not groups.least_limits(seen, context).columns
+
+
+def test_strong_attacks_are_of_the_first_images_alone(pair, digits, measured):
+    budget = measure.Budget(images=40, steps=5, targets=2, queries=20)
+    one = measure.run(*pair, digits, regularize.get("label-smoothing:0.1"), 0, FEW._replace(strong=budget))
+    new = {f"{kind}_{name}" for kind in ("success", "robust_accuracy") for name in ("apgd", "apgdt", "square")}
+    assert set(one.scalars) - set(measured.scalars) == new | {"success_union"}
+    rows, strong = one.samples[:40], ["breaks_apgd", "breaks_apgdt", "breaks_square"]
+    assert (one.samples[strong].notna().sum() == 40).all()
+    broken = (rows[[*strong, "breaks_fgsm", "breaks_pgd", "breaks_margin"]] <= FEW.reference).any(axis=1)
+    right = rows.label == rows.prediction
+    assert one.scalars["success_union"] == pytest.approx(broken[right].mean())
+    assert {name: one.scalars[name] for name in measured.scalars} == measured.scalars
 
 
 def as_recorded(measured, folder, regularizer="label-smoothing:0.1"):

@@ -557,3 +557,64 @@ def test_no_memory_is_not_damage(place, monkeypatch):
         with pytest.raises(records.Unreadable, match="samples.parquet") as error:
             records.load("s")
         assert error.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize("keep", ["samples", "scalars"])
+def test_less_is_kept_and_the_rest_is_named(place, keep):
+    records.publish("s")
+    whole = records.load("s", "published")
+    records.publish("s", keep=keep)
+    assert not any((place / "results" / "s" / name).exists() for name in ("runs.jsonl", "logits.npz", "heads.npz"))
+    less = records.load("s", "published")
+    assert less.runs["accuracy"].tolist() == whole.runs["accuracy"].tolist()
+    assert less.runs["history"].tolist() == [{"loss": [1.0]}] * 3
+    if keep == "samples": pd.testing.assert_frame_equal(less.samples, whole.samples)
+    else: assert len(less.samples) == 0 and less.samples[less.samples["subset"]].empty
+    with pytest.raises(records.NotKept, match=f"results/s has no logits.npz: .* only {keep} are kept"):
+        less.arrays(CONDITION, 1)
+    assert "s" in records.studies("published") and len(records.published_identities("s")) == 3
+    fresh = records.load("s")
+    assert len(fresh.samples) == 120 and len(fresh.arrays(CONDITION, 1)["clean"]) == 40
+
+
+def test_what_was_not_kept_comes_from_fresh_records_only(place):
+    root = records.publish("s", keep="scalars")
+    before = {p.name: p.read_bytes() for p in root.iterdir()}
+    assert {p.name: p.read_bytes() for p in records.publish("s", keep="scalars").iterdir()} == before
+    shutil.rmtree(folder(place, 0))
+    with pytest.raises(records.NotKept, match="of 1 runs .* only scalars are kept, and keep is arrays"):
+        records.publish("s")
+    assert {p.name: p.read_bytes() for p in root.iterdir()} == before
+    records.publish("s", keep="arrays", drop=[f"{CONDITION}/0"], only=set(records.load("s", "fresh").runs["identity"]))
+    assert len(records.load("s", "published").arrays(CONDITION, 1)["clean"]) == 10
+    with pytest.raises(ValueError, match="keep 'all' is unknown: allowed are arrays, samples, scalars"):
+        records.publish("s", keep="all")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b[::-1], lambda b: b + b"\0"])
+def test_damaged_compressed_lines_are_named_and_published_over_by_nobody(place, damage, caplog):
+    root = records.publish("s", keep="samples")
+    file = root / "runs.jsonl.gz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="runs.jsonl.gz is damaged or missing"):
+        records.load("s", "published")
+    with pytest.raises(ValueError, match="runs.jsonl.gz"):
+        records.publish("s", keep="samples")
+
+
+def test_a_bomb_of_compressed_lines_is_not_believed(place, monkeypatch):
+    root = records.publish("s", keep="scalars")
+    monkeypatch.setattr(files, "LARGE", 1000)
+    with pytest.raises(ValueError, match="holds more than is believed"):
+        records.load("s", "published")
+
+
+def test_a_publisher_killed_between_two_kinds_of_keeping_leaves_one_of_them(place, monkeypatch):
+    from repspace.records import transaction
+    root = records.publish("s")
+    with monkeypatch.context() as patch:
+        patch.setattr(transaction, "_settle", lambda root: None)
+        records.publish("s", keep="scalars")
+    assert records.load("s", "published").runs["history"].tolist() == [{"loss": [1.0]}] * 3
+    records.publish("s", keep="scalars")
+    assert sorted(p.name for p in root.iterdir()) == [".lock", "manifest.json", "runs.jsonl.gz"]

@@ -20,7 +20,8 @@ import yaml
 from repspace import measure, records, study
 from repspace.study import jobs, notebooks
 from repspace.study.__main__ import main
-from repspace.study.condition import Condition, run_condition, surrogate_paths, weights_path
+from repspace.study import Condition, run_condition, weights_path
+from repspace.study.weights import surrogate_paths
 from repspace.study.origin import provenance
 
 RECIPE = {"epochs": 2, "batch_size": 50, "lr": 0.05}
@@ -333,7 +334,8 @@ def test_thorough_measures_attack_from_another_seed_trained_on_the_same_images(p
     run = run.iloc[0]
     stages = list(run["curves"]["auto_attack"].values())
     assert stages == sorted(stages, reverse=True) and run["robust_accuracy_auto"] == stages[-1]
-    assert len(run["curves"]["masking"]["check"]) == 7 and len(run["curves"]["corruptions"]["ece"]) == 30
+    assert len(run["curves"]["masking"]["check"]) == 7
+    assert [len(kind["ece"]) for kind in run["curves"]["corruptions"].values()] == [6] * 5
     for name in ("auto", "square", "transfer_plain", "transfer_same"):
         breaks = samples[f"breaks_{name}"]
         assert breaks.notna().sum() == 40
@@ -563,3 +565,70 @@ def test_what_make_is_told_is_data(place, evil):
     assert make_says(place, "bench", f"BENCH={evil}") == ["-m", "benchmarks", *evil.split()]
     assert make_says(place, "study", f"WITH={evil}")[4:] == [*(f"--with={word}" for word in evil.split()), "--", "digits"]
     assert not (place / "x").exists()
+
+
+def test_an_arm_is_trained_measured_kept_and_found_again(place):
+    """Held logits and a subset of its own, over the whole path: weights, record, publication."""
+    text = "label-smoothing:0.1+logit-scale:4.28"
+    define(place, keep="samples", seeds=[100, 101], grid=[entry(text, train_images=100, subset="own") | {"data": "digits:5"}])
+    tiny = study.read("tiny.yaml")
+    condition, = tiny.conditions
+    assert condition.slug == "digits-5.tiny-cnn.label-smoothing-0.1-logit-scale-4.28"
+    assert condition.title.endswith("label smoothing 0.1 + logit scale held at 4.28")
+    outcome = study.run(tiny)
+    assert outcome.made == 2, outcome.summary()
+    made = records.load("tiny")
+    net, loaded = study.load_classifier(condition, 100), made.arrays(condition.slug, 100)
+    assert net.head.bias is None and net.hold.batches.item() == 4 and not loaded["head.bias"].any()
+    from repspace import data
+    test = data.load("digits:5", seed=100).test
+    assert np.abs(net(test.images).detach().numpy() - loaded["clean"]).max() < 1e-4 and loaded["clean"].shape[1] == 5
+    study.publish(tiny)
+    published = records.load("tiny", "published")
+    assert published.runs["accuracy"].round(6).tolist() == made.runs["accuracy"].round(6).tolist()
+    with pytest.raises(records.NotKept): published.arrays(condition.slug, 100)
+
+
+def test_a_surrogate_with_a_subset_of_its_own_is_the_run_of_its_seed(place):
+    from repspace import data, train
+    from repspace.study.weights import surrogates
+    held = Condition("digits", "tiny-cnn", "logit-norm:6", RECIPE | {"train_images": 100, "subset": "own"})
+    seen, fit = {}, train.fit
+    def listen(classifier, dataset, recipe, regularizer, seed, *args, **options):
+        seen[regularizer.text] = train.training_split(dataset.train, recipe, seed).images
+        return fit(classifier, dataset, recipe, regularizer, seed, *args, **options)
+    dataset = data.load("digits", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", listen)
+        nets = surrogates(held, dataset, 1, place / "runs")
+    wanted = data.first(dataset.train, 100, train.stream(0, "subset")).images
+    assert set(nets) == {"plain", "same"} and nets["plain"].hold is None and nets["same"].hold.size == 6
+    assert all((images == wanted).all() for images in seen.values()) and set(seen) == {"none", "logit-norm:6.0"}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"regularizers": ["logit-scale:4+logit-norm:4"]}, "logit_scale and logit_norm both hold"),
+    ({"regularizers": ["logit-scale:0"]}, "needs a strength that is above 0"), ({"regularizers": ["epochs:7.5"]}, "a whole number"),
+    ({"regularizers": ["no-bias:1"]}, "takes no strength"), ({"data": "digits:10"}, "digits:5 are its first 5 classes"),
+    ({"data": "digits:1"}, "unknown"), ({"recipe": RECIPE | {"subset": "own"}}, "subset own needs train_images"),
+    ({"recipe": RECIPE | {"logit_scale": "4"}}, "logit_scale must be a number"),
+    ({"regularizers": ["learning-rate:1e999"]}, "needs a strength")])
+def test_arms_that_cannot_be_are_refused_at_once(place, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.read(define(place, grid=[entry("none") | change]))
+
+
+def test_a_study_says_what_it_keeps(place):
+    assert study.read(define(place, keep="scalars")).keep == "scalars" and study.read(define(place)).keep == "arrays"
+    for wrong in ("all", True, ["arrays"]):
+        with pytest.raises(ValueError, match="keep"): study.read(define(place, keep=wrong))
+
+
+def test_arms_change_no_identity_of_old_texts_and_have_their_own():
+    texts = ["none", "no-bias", "logit-scale:6", "logit-norm:6", "learning-rate:0.4", "epochs:300"]
+    keys = {records.training_key(study.run_settings(Condition("digits", "tiny-cnn", text, RECIPE), 0)) for text in texts}
+    assert len(keys) == 6
+    same = [Condition("digits", "tiny-cnn", "none", RECIPE | extra) for extra in ({}, {"bias": True, "subset": "first", "logit_norm": None})]
+    assert len({records.identity(study.run_settings(each, 0)) for each in same}) == 1
+    data = {records.training_key(study.run_settings(Condition(name, "tiny-cnn", "none", RECIPE), 0)) for name in ("digits", "digits:5", "digits:2")}
+    assert len(data) == 3

@@ -181,3 +181,87 @@ def test_a_generator_that_is_none_is_refused(generator):
                  lambda: next(data.batches(DIGITS.train, 9, "flip", augmentation=generator))):
         with pytest.raises(ValueError, match="must be a torch.Generator on the CPU"):
             call()
+
+
+ARMS = ["none", "no-bias", "logit-scale:6", "logit-norm:6", "label-smoothing:0.1+logit-scale:6+learning-rate:0.2", "dropout:0.5+logit-norm:6"]
+
+
+@pytest.mark.parametrize("name, dim", [("tiny-cnn", None), ("tiny-cnn-bn", 3), ("resnet8", None), ("mobilenet_v2", None)])
+def test_arms_of_one_seed_start_from_the_same_weights(name, dim):
+    states = []
+    for text in ARMS:
+        recipe = train.overridden(RECIPE, regularize.get(text))
+        states.append(train.new_classifier(name, DIGITS, recipe, 3, dim).state_dict())
+        assert ("head.bias" in states[-1]) == (text == "none")
+    for state in states:
+        shared = {key for key in state if not key.startswith("hold.")}
+        assert shared >= set(states[0]) - {"head.bias"}
+        assert all(torch.equal(state[key], states[0][key]) for key in shared)
+
+
+def test_a_held_net_from_outside_loses_its_bias(added):
+    models.register("with-norm", with_norm, batch_norm=True)
+    recipe = train.overridden(RECIPE, regularize.get("logit-norm:6"))
+    net = train.new_classifier("with-norm", DIGITS, recipe, 0)
+    train.fit(net, DIGITS, RECIPE, regularize.get("logit-norm:6"), 0)
+    assert net.head.bias is None
+    with torch.no_grad(): logits = net(DIGITS.test.images)
+    assert torch.allclose((logits - logits.mean(1, keepdim=True)).norm(dim=1), torch.tensor(6.), atol=1e-4)
+
+
+def test_the_mean_scale_is_held_by_batch_statistics_as_a_peer_computes_them():
+    """One step by hand: the factor of the batch, and its gradient, by autograd on a formula written out."""
+    recipe = train.overridden(RECIPE, regularize.get("logit-scale:5"))
+    net, peer = (train.new_classifier("tiny-cnn", DIGITS, recipe, 1) for _ in range(2))
+    images, labels = DIGITS.train.images[:20], DIGITS.train.labels[:20]
+    torch.nn.functional.cross_entropy(net.train()(images), labels).backward()
+    z = peer.body((images - peer.mean) / peer.std)
+    logits = z @ peer.head.weight.T
+    mean = (logits - logits.mean(1, keepdim=True)).square().sum(1).sqrt().mean()
+    torch.nn.functional.cross_entropy(logits * 5 / mean, labels).backward()
+    for ours, theirs in zip(net.parameters(), peer.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    assert net.hold.mean.item() == pytest.approx(mean.item(), rel=1e-5) and net.hold.batches.item() == 1
+    assert torch.allclose(net.eval()(images), logits * 5 / mean, atol=1e-5)
+
+
+def test_a_held_training_goes_on_from_its_checkpoint_to_the_same_net(tmp_path):
+    regularizer = regularize.get("mixup:1.0+logit-scale:6")
+    recipe = train.overridden(RECIPE, regularizer)
+    whole, part = (train.new_classifier("tiny-cnn-bn", DIGITS, recipe, 0) for _ in range(2))
+    history = train.fit(whole, DIGITS, RECIPE, regularizer, 0)
+
+    class Stop(Checkpoint):
+        def keep(self, *args):
+            super().keep(*args)
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.fit(part, DIGITS, RECIPE, regularizer, 0, checkpoint=Stop(tmp_path / "kept", every=0))
+    again = train.new_classifier("tiny-cnn-bn", DIGITS, recipe, 0)
+    assert train.fit(again, DIGITS, RECIPE, regularizer, 0, checkpoint=Checkpoint(tmp_path / "kept")) == history
+    assert {k: v.tolist() for k, v in contents(again).items()} == {k: v.tolist() for k, v in contents(whole).items()}
+    assert again.hold.batches.item() == 8
+
+
+def test_held_nets_train_in_bf16_and_hold_in_float32():
+    recipe = train.overridden(RECIPE, regularize.get("logit-norm:6"))
+    net = train.new_classifier("tiny-cnn-bn", DIGITS, recipe, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = net.features(DIGITS.train.images)
+    assert z.dtype == torch.float32
+    assert torch.allclose(models.centered_norms(z, net.head.weight), torch.tensor(6.), atol=1e-4)
+
+
+def test_own_subsets_are_of_the_seed_alone_and_disturb_no_other_draw():
+    labels = torch.arange(1000) % 10
+    split = data.Split(torch.arange(1000.)[:, None, None, None] / 1000, labels)
+    own = train.Recipe(1, 50, .1, train_images=105, subset="own")
+    drawn = [train.training_split(split, own, seed) for seed in (5, 5, 6)]
+    assert torch.equal(drawn[0].images, drawn[1].images) and not torch.equal(drawn[0].images, drawn[2].images)
+    counts = drawn[0].labels.bincount()
+    assert len(drawn[0].labels) == 105 and set(counts.tolist()) == {10, 11}
+    assert torch.equal(train.training_split(drawn[0], own, 5).images, drawn[0].images), "a subset already drawn stays"
+    first = train.training_split(split, train.Recipe(1, 50, .1, train_images=105), 5)
+    assert torch.equal(first.images.flatten(), torch.arange(105.) / 1000)
+    words = {name: torch.rand((), generator=train.stream(0, name)).item() for name in train.STREAMS}
+    assert train.STREAMS[:6] == ("init", "order", "augmentation", "mixing", "dropout", "attack") and len(set(words.values())) == 7

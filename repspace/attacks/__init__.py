@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGISTERED', 'ROLES', 'fgsm', 'pgd', 'transfer', 'sign_noise', 'breaking_point', 'register', 'apgd', 'auto_attack',
-           'auto_attack_report', 'square', 'frozen', 'logits_of']
+           'auto_attack_report', 'square', 'frozen', 'logits_of', 'searched_in', 'fastest_search']
 
 # %% ../../nbs/instruments/attacks/index.ipynb #8b81f1f1
 import inspect
@@ -17,11 +17,12 @@ import torch
 from .. import vocabulary
 from .auto import apgd, auto_attack, auto_attack_report, square
 from .steps import (Ball, ascent, check_count, check_eps, check_images, check_loss, check_norm,
-                                    check_number, climb, steepest, uniform, unit_point)
+                                    check_number, climb, fastest_search, searched_in, steepest, uniform,
+                                    unit_point, wrong_at)
 from .target import as_convolved, check_logits, check_model, frozen, logits_of
 from ..data import chunk_size
 
-_all_ = ["apgd", "auto_attack", "auto_attack_report", "square", "frozen", "logits_of"]
+_all_ = ["apgd", "auto_attack", "auto_attack_report", "square", "frozen", "logits_of", "searched_in", "fastest_search"]
 
 # %% ../../nbs/instruments/attacks/index.ipynb #2240cf2b
 def fgsm(model, x, y, eps, loss="ce"):
@@ -58,7 +59,7 @@ def pgd(model, x, y, eps, steps=20, step_size=None, loss="ce", norm="linf", gene
         for _ in range(steps):
             images = ball.images(points)
             gradient, _, logits = climb(model, images, y, loss)
-            wrong = logits.argmax(1) != y
+            wrong = wrong_at(model, images, y, logits)
             result[rows[wrong]], unbroken[rows[wrong]] = images[wrong], False
             if until_broken and wrong.any():
                 rows, ball, y, points, gradient = (t[~wrong] for t in (rows, ball, y, points, gradient))
@@ -93,36 +94,47 @@ def sign_noise(model, x, y, eps, generator=None):
     return ball.images(ball.at(2 * (draws < 0.5).to(draws) - 1))
 
 # %% ../../nbs/instruments/attacks/index.ipynb #6b6c75a6
-def breaking_point(model, x, y, grid, attack=fgsm, batch_size=None, known=None):
+def breaking_point(model, x, y, grid, attack=fgsm, batch_size=None, known=None, order="up"):
     """The smallest eps of `grid` (ascending, in pixel units) at which `attack` breaks each image.
 
-    `attack(model, x, y, eps)` gives images; it is run on the survivors only, and with
-    `until_broken=True` if it has that option. `known`: eps → bool (N,), what has been found out
-    already (at 0: the clean image is wrong). `batch_size`: None for what suits the device; a random
-    attack draws batch by batch, so that its result depends on it. Returns
-    float64 (N,) on the device of `x`: 0 where the clean image is wrong already, inf where no eps
-    breaks it."""
+    `attack(model, x, y, eps)` gives images; it is run with `until_broken=True` if it has that option,
+    in the `order` "up", on the survivors, or "halving", each time at the middle of what is left of the
+    grid. `known`: eps → bool (N,), what has been found out already (at 0: the clean image is wrong).
+    `batch_size`: None for what suits the device; a random attack draws batch by batch, so that its
+    result depends on it. Returns float64 (N,) on the device of `x`: 0 where the clean image is wrong
+    already, inf where no eps breaks it."""
     (x, y), attack, model = check_images(x, y), _until_broken(attack), check_model(model)
     grid, known = _check_grid(grid, known or {}, y)
     batch_size = chunk_size(x) if batch_size is None else check_count(batch_size, "batch_size")
-    breaks = torch.full(y.shape, math.inf, dtype=torch.float64, device=x.device)
-    if not len(x): return breaks
+    if order not in ("up", "halving"): raise ValueError(f"order must be up or halving, not {order!r}")
+
+    def broken(rows, eps):
+        if eps in known: return known[eps][rows]
+        moved = (_check_moved(attack(model, x[part], y[part], eps), x[part]) for part in rows.split(batch_size))
+        return torch.cat([logits_of(model, images, batch_size) for images in moved]).argmax(1) != y[rows]
+    levels = [0.0, *grid, math.inf]
     with frozen(model):
-        if 0 not in known:
+        if 0 not in known and len(x):
             logits = logits_of(model, x, batch_size)
             check_logits(logits, y)
             known[0] = logits.argmax(1) != y
-        for eps in [0, *grid]:
-            left = breaks.isinf()
-            if not left.any(): break
-            if eps in known:
-                breaks[left & known[eps]] = eps
-                continue
-            for rows in left.nonzero()[:, 0].split(batch_size):
-                moved = _check_moved(attack(model, x[rows], y[rows], eps), x[rows])
-                broken = logits_of(model, moved, batch_size).argmax(1) != y[rows]
-                breaks[rows[broken]] = eps
-    return breaks
+        least = _least_broken(levels, broken, known, y, order)
+    return torch.tensor(levels, dtype=torch.float64, device=x.device)[least]
+
+def _least_broken(levels, broken, known, y, order):
+    """The number of the least of `levels` that breaks each image, by asking `broken(rows, level)`."""
+    low, high = torch.zeros_like(y), torch.full_like(y, len(levels) - 1)
+    for i, eps in enumerate(levels):
+        if eps not in known: continue
+        high = torch.where(known[eps], high.clamp(max=i), high)
+        if order == "halving": low = torch.where(high > i, i, low)
+    while (left := high - low > 1).any():
+        at = low + 1 if order == "up" else (low + high) // 2
+        for i in at[left].unique().tolist():
+            rows = (left & (at == i)).nonzero()[:, 0]
+            wrong = broken(rows, levels[i])
+            high[rows[wrong]], low[rows[~wrong]] = i, i
+    return high
 
 def _until_broken(attack):
     """`attack` with the option `until_broken` taken, where it has one and nobody has set it."""

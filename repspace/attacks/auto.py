@@ -17,7 +17,7 @@ import torch
 from ..data import chunk_size
 from .steps import (Ball, as_generator, check_count, check_eps, check_images, check_norm,
                                     check_number, climb, losses, others, own, steepest, uniform,
-                                    unit_point)
+                                    unit_point, wrong_at)
 from .target import _scope, as_convolved, check_logits, frozen, logits_of, unsteady
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _climb(model, images, s, loss, batch_size):
     parts = []
     for at, y, target in zip(*(v.split(batch_size) for v in (images, s.y, s.target))):
         there = climb(model, at, y, lambda logits, y: loss(logits, y, target))
-        parts.append((there.value.double(), there.gradient, there.logits.argmax(1) != y))
+        parts.append((there.value.double(), there.gradient, wrong_at(model, at, y, there.logits)))
     return parts[0] if len(parts) == 1 else [torch.cat(part) for part in zip(*parts)]
 
 def _look(model, x, y, target, loss, batch_size):

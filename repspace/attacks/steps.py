@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['norms', 'losses', 'check_images', 'check_norm', 'check_number', 'check_eps', 'check_count', 'as_generator', 'lengths',
            'steepest', 'wide', 'Ball', 'distances', 'uniform', 'unit_point', 'random_point', 'others', 'own',
-           'check_loss', 'Climb', 'climb', 'ascent']
+           'check_loss', 'searched_in', 'Climb', 'climb', 'ascent', 'wrong_at', 'bfloat16_gain', 'fastest_search']
 
 # %% ../../nbs/instruments/attacks/steps.ipynb #92890931
 import copy
+import functools
 import math
 import operator
+import time
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -200,6 +204,23 @@ def check_loss(loss):
 losses = {"ce": lambda logits, y: others(logits, y).logsumexp(1) - own(logits, y),
           "margin": lambda logits, y: others(logits, y).amax(1) - own(logits, y)}
 
+# %% ../../nbs/instruments/attacks/steps.ipynb #c6771437
+_search = ContextVar("the dtype in which attacks search; None: the model's own", default=None)
+
+@contextmanager
+def searched_in(dtype):
+    """Attacks by gradients inside search under autocast to `dtype`, torch.bfloat16 (None: they do not).
+
+    An image counts as broken only where the model gets it wrong without autocast too."""
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"attacks search in torch.bfloat16 or, with None, in the model's own dtype, not in {dtype!r}")
+    token = _search.set(dtype)
+    try: yield
+    finally: _search.reset(token)
+
+def _autocast(device):
+    return torch.autocast(device, torch.bfloat16, enabled=True) if _search.get() else nullcontext()
+
 # %% ../../nbs/instruments/attacks/steps.ipynb #b0405efa
 class Climb(NamedTuple):
     """Gradient of the loss (N, …), its value (N,) and the logits (N, K); float32 at least, detached."""
@@ -217,7 +238,7 @@ def climb(model, x, y, loss="ce"):
                          "switches autograd off: leave that block (torch.no_grad() is no obstacle)")
     with torch.enable_grad():
         at = wide(x.detach()).requires_grad_(True)
-        logits = _asked(model, at, x.dtype)
+        with _autocast(at.device.type): logits = _asked(model, at, x.dtype)
         check_logits(logits, y)
         value = _value(loss, logits, y)
         gradient = None
@@ -256,3 +277,35 @@ def _finite(gradient):
     count_gradients(len(gradient), (largest == 0).sum(), (~finite).sum())
     if finite.all(): return gradient
     return gradient.where(finite.view(-1, *[1] * (gradient.ndim - 1)), 0)
+
+# %% ../../nbs/instruments/attacks/steps.ipynb #32080104
+def wrong_at(model, images, y, logits):
+    """Which of the `images` (N, …) with these `logits`, of `climb`, are not of their label `y`: bool (N,)."""
+    wrong = logits.argmax(1) != y
+    if not _search.get() or not wrong.any(): return wrong
+    return wrong.index_put((wrong,), logits_of(model, images[wrong], len(y)).argmax(1) != y[wrong])
+
+# %% ../../nbs/instruments/attacks/steps.ipynb #9d79d64e
+def _seconds(convolution, x, dtype):
+    """The least time of four in which `convolution` takes `x` forward and back under autocast to `dtype`."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is not None):
+            value = convolution(convolution(x).relu()).sum()
+        torch.autograd.grad(value, x)[0].sum().item()   # which waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+@functools.cache
+def bfloat16_gain(device):
+    """How many times as fast this process convolves on `device` in bfloat16 as in float32."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        convolution = torch.nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+        convolution = convolution.to(device, memory_format=torch.channels_last)
+        x = torch.rand(32, 32, 16, 16).to(device, memory_format=torch.channels_last).requires_grad_(True)
+        return _seconds(convolution, x, None) / _seconds(convolution, x, torch.bfloat16)
+
+def fastest_search(device="cpu"):
+    """The dtype for `searched_in` on `device`: torch.bfloat16 where it is 1.5 times as fast or more, else None."""
+    return torch.bfloat16 if bfloat16_gain(str(device)) >= 1.5 else None

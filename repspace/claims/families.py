@@ -9,11 +9,7 @@ __all__ = ['soft', 'own_scale', 'learned', 'roles', 'family', 'partner', 'only_s
 from ..vocabulary import REGULARIZERS
 
 # %% ../../nbs/instruments/claims/families.ipynb #686492c8
-_ROLES = {"none": "none", "weight-decay": "shrink", "dropout": "shrink", "feature-norm": "shrink",
-          "logit-scale": "hold", "logit-norm": "hold", "no-bias": "recipe", "learning-rate": "recipe",
-          "epochs": "recipe"}
-
-def _role(name): return getattr(REGULARIZERS.get(name), "role", _ROLES.get(name, "soft"))
+def _role(name): return REGULARIZERS[name].role if name in REGULARIZERS else "soft"
 
 def _split(text):
     """[(name, role, part)] of the parts of a regularizer text."""

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SpanHead', 'span_basis', 'span_head', 'span_norms', 'span_projector', 'span_svd', 'span_vectors', 'Centers',
            'center_kinds', 'class_centers', 'class_means', 'reachable', 'smooth_targets', 'soft_minimum',
-           'CenterCorrelation', 'alignment', 'along_centers', 'center_correlation', 'cosine', 'logit_scale', 'rms',
-           'span_cosines', 'unit', 'ConeDegree', 'RayInterval', 'cone_degree', 'first_misclassified_step',
-           'random_directions', 'ray_interval', 'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'ThreeFactors',
-           'displacement', 'three_factors', 'three_factors_from_logits', 'tied', 'CenterStability', 'NeuralCollapse',
-           'center_stability', 'neural_collapse']
+           'CenterCorrelation', 'alignment', 'along_centers', 'center_correlation', 'correlation_with_confidence',
+           'cosine', 'logit_scale', 'rms', 'span_cosines', 'unit', 'ConeDegree', 'RayInterval', 'cone_degree',
+           'degree_along', 'first_misclassified_step', 'of_largest_bias', 'random_directions', 'ray_interval',
+           'loss_gradient', 'plane', 'plane_axes', 'Displacement', 'FourFactors', 'ThreeFactors', 'displacement',
+           'four_factors_from_logits', 'lateralities', 'leaves', 'three_factors', 'three_factors_from_logits', 'tied',
+           'CenterStability', 'NeuralCollapse', 'center_stability', 'class_distance_variance', 'nearest_mean_mismatch',
+           'neural_collapse']
 
 # %% ../../nbs/instruments/geometry/index.ipynb #38476694
 from .span import (SpanHead, span_basis, span_head, span_norms, span_projector,
@@ -17,20 +19,22 @@ from .span import (SpanHead, span_basis, span_head, span_norms, span_projector,
 from .centers import (Centers, center_kinds, class_centers, class_means)
 from .soft import (reachable, smooth_targets, soft_minimum)
 from .vectors import (CenterCorrelation, alignment, along_centers,
-    center_correlation, cosine, logit_scale, rms, span_cosines, unit)
-from .cones import (ConeDegree, RayInterval, cone_degree,
-    first_misclassified_step, random_directions, ray_interval)
+    center_correlation, correlation_with_confidence, cosine, logit_scale, rms, span_cosines, unit)
+from .cones import (ConeDegree, RayInterval, cone_degree, degree_along,
+    first_misclassified_step, of_largest_bias, random_directions, ray_interval)
 from .planes import (loss_gradient, plane, plane_axes)
-from .factors import (Displacement, ThreeFactors, displacement, three_factors,
-    three_factors_from_logits, tied)
-from repspace.geometry.collapse import (CenterStability, NeuralCollapse, center_stability,
-    neural_collapse)
+from .factors import (Displacement, FourFactors, ThreeFactors, displacement,
+    four_factors_from_logits, lateralities, leaves, three_factors, three_factors_from_logits, tied)
+from .collapse import (CenterStability, NeuralCollapse, center_stability,
+    class_distance_variance, nearest_mean_mismatch, neural_collapse)
 
 _all_ = ["SpanHead", "span_basis", "span_head", "span_norms", "span_projector", "span_svd", "span_vectors",
          "Centers", "center_kinds", "class_centers", "class_means",
          "reachable", "smooth_targets", "soft_minimum",
-         "CenterCorrelation", "alignment", "along_centers", "center_correlation", "cosine", "logit_scale", "rms", "span_cosines", "unit",
-         "ConeDegree", "RayInterval", "cone_degree", "first_misclassified_step", "random_directions", "ray_interval",
+         "CenterCorrelation", "alignment", "along_centers", "center_correlation", "correlation_with_confidence", "cosine", "logit_scale", "rms", "span_cosines", "unit",
+         "ConeDegree", "RayInterval", "cone_degree", "degree_along", "first_misclassified_step", "of_largest_bias", "random_directions", "ray_interval",
          "loss_gradient", "plane", "plane_axes",
-         "Displacement", "ThreeFactors", "displacement", "three_factors", "three_factors_from_logits", "tied",
-         "CenterStability", "NeuralCollapse", "center_stability", "neural_collapse"]
+         "Displacement", "FourFactors", "ThreeFactors", "displacement", "four_factors_from_logits", "lateralities", "leaves",
+         "three_factors", "three_factors_from_logits", "tied",
+         "CenterStability", "NeuralCollapse", "center_stability",
+         "class_distance_variance", "nearest_mean_mismatch", "neural_collapse"]

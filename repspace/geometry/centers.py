@@ -94,14 +94,18 @@ def class_means(features, labels, num_classes):
     return like(sums / counts[:, None], features)
 
 
-def center_kinds(weight, bias, radius, means):
+def center_kinds(weight, bias, radius, means=None, reach=None):
     """Every notion of a class's center → dict of (K, d), by name.
 
     The names: minimal, reachable, mean, centered_mean, weight, centered_weight. `radius` as in
-    `class_centers`; `means` (K, d) are the class means of the training vectors.
+    `class_centers`, that of the reachable ones being `reach` where it is given; `means` (K, d) are the
+    class means of the training vectors, without which those two are left out.
     """
-    W, _, M = check_head(weight, bias, means)
-    kinds = dict(minimal=to_numpy(class_centers(W, bias, radius).centers),
-                 reachable=to_numpy(class_centers(W, bias, radius, nonnegative=True).centers),
-                 mean=M, centered_mean=M - M.mean(0), weight=W, centered_weight=W - W.mean(0))
+    W, _ = check_head(weight, bias)
+    points = to_numpy(class_centers(W, bias, reach or radius, nonnegative=True).centers)
+    kinds = dict(minimal=to_numpy(class_centers(W, bias, radius).centers), reachable=points)
+    if means is not None:
+        M = check_head(weight, bias, means)[2]
+        kinds |= dict(mean=M, centered_mean=M - M.mean(0))
+    kinds |= dict(weight=W, centered_weight=W - W.mean(0))
     return {name: like(points, weight) for name, points in kinds.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_vectors', 'rms', 'logit_scale', 'unit', 'cosine', 'alignment', 'along_centers', 'span_cosines',
-           'CenterCorrelation', 'center_correlation']
+           'CenterCorrelation', 'correlation_with_confidence', 'center_correlation']
 
 # %% ../../nbs/instruments/geometry/vectors.ipynb #deaa04c0
 from typing import NamedTuple
@@ -91,19 +91,25 @@ class CenterCorrelation(NamedTuple):
     predicted: float
 
 
+def correlation_with_confidence(cosines, probs, classes=None):
+    """Of column k of `cosines` (N, K) with p_k, column k of `probs` (N, K) → CenterCorrelation.
+
+    `classes` limits the average to some classes. NaN where no class has a correlation.
+    """
+    chosen, predicted = np.arange(probs.shape[1]) if classes is None else classes, probs.argmax(1)
+    overall = stats.correlation(cosines.T[chosen], probs.T[chosen])
+    own = [stats.correlation(cosines[predicted == k, k], probs[predicted == k, k]) for k in chosen]
+    means = (np.mean(v) if len(v) else np.nan for v in (r[~np.isnan(r)] for r in (overall, np.array(own))))
+    return CenterCorrelation(*map(float, means))
+
+
 def center_correlation(weight, bias, features, centers, classes=None):
     """How well cosines of `features` (N, d) with `centers` (K, d) follow p_k → CenterCorrelation.
 
-    `classes` limits the average to some classes. NaN where no class has a correlation.
+    `classes` as in `correlation_with_confidence`.
     """
     W, b, Z = check_head(weight, bias, features)
     C = check_vectors(centers)
     if C.shape != W.shape:
         raise ValueError(f"centers must be {W.shape} like weight, but they are {C.shape}")
-    p = softmax(Z @ W.T + b, axis=1)
-    cos, predicted, by_class = unit(Z) @ unit(C).T, p.argmax(1), []
-    for k in range(len(W)) if classes is None else classes:
-        own = predicted == k
-        by_class.append([stats.correlation(cos[rows, k], p[rows, k]) for rows in (slice(None), own)])
-    means = [np.mean(v) if len(v) else np.nan for v in (c[~np.isnan(c)] for c in np.array(by_class).T)]
-    return CenterCorrelation(*map(float, means))
+    return correlation_with_confidence(unit(Z) @ unit(C).T, softmax(Z @ W.T + b, axis=1), classes)

@@ -13,8 +13,8 @@ from ..vocabulary import DEPTHS, data_row
 
 # %% ../../nbs/instruments/measure/context.ipynb #f6a1ffc0
 class Budget(NamedTuple):
-    """What thorough measures may cost; the defaults are those of the attacks' authors."""
-    images: int               # the first so many test images
+    """What strong attacks may cost; the defaults are those of the attacks' authors."""
+    images: int               # the first so many of the attacked images
     steps: int = 100          # of APGD
     targets: int = 9          # of targeted APGD
     queries: int = 5000       # of Square
@@ -26,22 +26,36 @@ class Settings(NamedTuple):
     grid: tuple                  # ascending; holds the reference
     steps: int                   # of PGD
     step_fraction: float         # each step of PGD as a share of the limit
-    attack_images: int | None    # the first so many test images are attacked; None: all
-    subset: int                  # the first so many test images are published
+    attack_images: int | None    # so many test images are attacked, from attack_first on; None: all
+    subset: int                  # the first so many of them are published
     directions: int              # drawn at random, for the degree of cone
     floor_draws: int             # of labels, for the floor of the calibration error
     thorough: Budget | None      # what the costly measures may cost; None: they are left out
+    race: float | None = None    # the limit at which it is asked why attacks succeed
+    attack_first: int = 0        # the number of the first test image that is attacked
+    strong: Budget | None = None # what strong attacks in the standard depth may cost; None: they are left out
+
+    @classmethod
+    def from_record(cls, values):
+        """The Settings of a record, a dict that may lack what came later; `ValueError` if it is none."""
+        needed = [name for name in cls._fields if name not in cls._field_defaults]
+        if not set(needed) <= set(values) <= set(cls._fields):
+            raise ValueError(f"settings of the record are {list(values)}, but must be {list(cls._fields)}")
+        budgets = {name: Budget(*values[name]) for name in ("thorough", "strong") if values.get(name)}
+        return cls(**(values | budgets))
 
 # %% ../../nbs/instruments/measure/context.ipynb #50591d92
-def settings(data, measures="standard"):
+def settings(data, measures="standard", attack_first=0):
     """The Settings for a data set (as `data.load` names it) and a depth (one of DEPTHS)."""
     if measures not in DEPTHS:
         raise ValueError(f"unknown measures {measures!r}; allowed: {', '.join(DEPTHS)}")
     row = data_row(data)
     chosen = Settings(row.reference, row.grid, row.steps, row.step_fraction, row.attack_images,
-                      subset=row.published, directions=2000, floor_draws=200, thorough=None)
+                      subset=row.published, directions=2000, floor_draws=200, thorough=None,
+                      race=row.reference if row.race is None else row.race, attack_first=attack_first,
+                      strong=row.strong and Budget(*row.strong))
     if measures == "standard": return chosen
-    return chosen._replace(steps=20, step_fraction=1 / 4, thorough=Budget(chosen.subset))
+    return chosen._replace(steps=20, step_fraction=1 / 4, thorough=Budget(chosen.subset), strong=None)
 
 # %% ../../nbs/instruments/measure/context.ipynb #b1bddbd8
 @dataclass(frozen=True)
@@ -51,7 +65,8 @@ class Context:
     `regularizer`: its text, as "mixup:1.0". `attacks`: {name: `seen.Attacked`}. `untrained`: `Seen` of
     the net before training. `renewed`: `Seen` of the net with batch-norm statistics of clean
     images; None where it has none. `classifier`, `dataset` (where the classifier lies) and
-    `surrogates`, {name: Classifier}: the nets and images themselves."""
+    `surrogates`, {name: Classifier}: the nets and images themselves. `images`: the numbers of the test
+    images in their data set; None where they are in its order."""
     regularizer: str
     seed: int
     settings: Settings
@@ -61,3 +76,4 @@ class Context:
     classifier: object = None
     dataset: object = None
     surrogates: dict = field(default_factory=dict)
+    images: object = None

@@ -46,20 +46,22 @@ def _normalized(images, mean, std):
 class Classifier(nn.Module):
     """`body`, then `head` (a Linear), with the images' normalization inside.
 
-    Images (N, C, H, W) in [0, 1] → logits (N, K). `mean` and `std` are C floats each, or None.
+    Images (N, C, H, W) in [0, 1] → logits (N, K). `mean` and `std` are C floats each, or None. `hold`, a
+    Module (see `models.holds`) or None, takes the body's vectors and the head's weight.
     """
 
-    def __init__(self, body, head, mean=None, std=None, dropout=0.0):
+    def __init__(self, body, head, mean=None, std=None, dropout=0.0, hold=None):
         super().__init__()
         if not isinstance(head, nn.Linear):
             raise ValueError(f"head must be a Linear, but it is a {type(head).__name__}")
-        self.body, self.head, self.drop = body, head, nn.Dropout(dropout)
+        self.body, self.head, self.drop, self.hold = body, head, nn.Dropout(dropout), hold
         for name, column in zip(("mean", "std"), _columns(mean, std, _reference(body, head))):
             self.register_buffer(name, column)
 
     def features(self, images):
         """The representation vectors (N, d) of `images`: what the head takes in."""
-        return self.body(_normalized(images, self.mean, self.std))
+        z = self.body(_normalized(images, self.mean, self.std))
+        return z if self.hold is None else self.hold(z, self.head.weight)
 
     def forward(self, images):
         return self.head(self.drop(self.features(images)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'IDENTITY', 'NAMES', 'CIRCUMSTANCES', 'key', 'identity', 'training_key', 'Folders', 'arrays', 'studies',
            'published_identities', 'failed', 'Records', 'reference', 'load', 'migrate', 'Damaged', 'FILES', 'NEEDED',
-           'NotOurs', 'Published', 'SCHEMA', 'Unreadable', 'check', 'check_slug', 'clear_failed', 'failure',
+           'NotKept', 'NotOurs', 'Published', 'SCHEMA', 'Unreadable', 'check', 'check_slug', 'clear_failed', 'failure',
            'mark_failed', 'publish', 'read_run', 'remove_unfinished', 'results_root', 'run_folder', 'runs_root',
            'set_aside', 'write', 'write_file', 'write_text']
 
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from . import files, transaction
-from .files import FAULTS, Damaged, NotOurs, Unreadable, write_file, write_text
+from .files import FAULTS, Damaged, NotKept, NotOurs, Unreadable, write_file, write_text
 from .places import (check_slug, fresh_folders, is_slug, no_records, results_places,
                                      results_root, run_folder, runs_or_default, runs_root)
 from .published import Published, commit, first_columns, publish
@@ -29,7 +29,7 @@ from .run import (FILES, NEEDED, SCHEMA, check, clear_failed, failure, joined,
 from .transaction import MANIFEST, PUBLISHED
 from ..vocabulary import Recipe, visible
 
-_all_ = ["Damaged", "FILES", "NEEDED", "NotOurs", "Published", "SCHEMA", "Unreadable", "check",
+_all_ = ["Damaged", "FILES", "NEEDED", "NotKept", "NotOurs", "Published", "SCHEMA", "Unreadable", "check",
          "check_slug", "clear_failed", "failure", "mark_failed", "publish", "read_run",
          "remove_unfinished", "results_root", "run_folder", "runs_root", "set_aside", "write",
          "write_file", "write_text"]
@@ -55,7 +55,7 @@ def _added(settings, *names):
 
 def identity(settings):
     """The key of the run with these `settings`, a dict with at least the names of `IDENTITY`."""
-    added = _added(settings, "sources", "measure_sources")
+    added = _added(settings, "sources", "measure_sources", "attack_first")
     return key(picked(settings, IDENTITY) | added | {"schema": SCHEMA})
 
 def training_key(settings):
@@ -119,7 +119,7 @@ def arrays(study, condition, seed, source=None, runs=None, results=None):
     """The arrays of one run, a dict: those of `logits.safetensors`, and the head's under `head.…`.
 
     Published runs have the rows of the published subset only, and lack what its rows tell as well
-    (displacements). `ValueError` if the run is not there.
+    (displacements). `ValueError` if the run is not there, `NotKept` if its study publishes no arrays.
     """
     return _arrays(Folders(runs, results), study, condition, seed, source)
 
@@ -231,6 +231,7 @@ def _published(folders, study, faults):
     try:
         faults += published.faults
         rows = dict(list(published.samples.groupby(["condition", "seed"]))) if published.runs else {}
+        if published.keep == "scalars": rows = dict.fromkeys(published.runs, published.samples)
     except FAULTS as error:
         faults.append(files.fault(error))
         return

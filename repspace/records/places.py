@@ -25,7 +25,7 @@ def check_slug(name):
 
 # %% ../../nbs/instruments/records/places.ipynb #50707c24
 TRACES = {"runs": ("*/*/*/run.json", "*/*/*.failed.json", "*/*/.lock", "weights/*.safetensors"),
-          "results": ("*/runs.jsonl", "*/heads.npz")}
+          "results": ("*/runs.jsonl", "*/runs.jsonl.gz", "*/heads.npz")}
 
 def _holds_records(folder, kind):
     return any(any(folder.glob(pattern)) for pattern in TRACES[kind])

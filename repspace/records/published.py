@@ -6,7 +6,7 @@
 __all__ = ['log', 'Published', 'first_columns', 'publish', 'commit']
 
 # %% ../../nbs/instruments/records/published.ipynb #62c20365
-import json, logging
+import json, logging, zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import pandas as pd
 import safetensors.numpy as safe
 
 from . import compact, files, run as one, transaction
-from .files import Damaged, damaged, naming
+from .files import Damaged, NotKept, damaged, naming
 from .places import (check_slug, fresh_folders, no_records, results_root,
                                      runs_or_default)
-from .transaction import MANIFEST, PUBLISHED
+from .transaction import KEPT, MANIFEST, PUBLISHED
+from ..vocabulary import KEEPS
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,19 @@ def _lines(content, manifest, path):
     if lacking and not faults: faults.append(damaged(path, f"it lacks the runs {sorted(lacking)}"))
     return runs, faults
 
+# %% ../../nbs/instruments/records/published.ipynb #5118039e
+def _zipped(text):
+    """The bytes `text` as a gzip file: the same for the same text."""
+    packer = zlib.compressobj(9, wbits=31)
+    return packer.compress(text) + packer.flush()
+
+def _unzipped(content):
+    """The bytes that the gzip file `content` holds; `ValueError` if it is not whole, or they are too many."""
+    unpacker = zlib.decompressobj(wbits=31)
+    text = unpacker.decompress(content, files.LARGE)
+    if not unpacker.eof or unpacker.unused_data: raise ValueError("it is cut short, or holds more than is believed")
+    return text
+
 # %% ../../nbs/instruments/records/published.ipynb #2c15b713
 def _rows(content):
     """The rows of the published subset, a table, from the bytes of their file."""
@@ -55,6 +69,9 @@ def _rows(content):
     if samples["seed"].dtype.kind not in "iu": raise ValueError("its seeds are no whole numbers")
     halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
     return samples.astype({name: np.float32 for name in halves} | {"condition": str})
+
+_NO_ROWS = pd.DataFrame({"condition": pd.Series(dtype=str)} | {
+    name: pd.Series(dtype=int) for name in ("seed", "image", "label", "prediction")} | {"subset": pd.Series(dtype=bool)})
 
 # %% ../../nbs/instruments/records/published.ipynb #8987ec7d
 class _Arrays:
@@ -87,11 +104,17 @@ class Published:
 
     @cached_property
     def _of_lines(self):
-        path, manifest, contents = self.root / "runs.jsonl", *self.state
+        path, (manifest, contents) = self.root / KEPT[self.keep][0], self.state
+        text = _unzipped if path.suffix == ".gz" else bytes
         if not manifest and not any(isinstance(c, bytes) for c in contents.values()): return {}, []
         if manifest and isinstance(contents[path.name], Damaged):   # some of its lines may be whole
-            return _lines(files.read_file(path, bytes), manifest, path)
-        return self.state.parsed(self.root, path.name, lambda content: _lines(content, manifest, path))
+            return _lines(files.read_file(path, text), manifest, path)
+        return self.state.parsed(self.root, path.name, lambda content: _lines(text(content), manifest, path))
+
+    @property
+    def keep(self):
+        """What is published of each run, one of KEEPS."""
+        return self.state.keep
 
     @property
     def runs(self):
@@ -105,7 +128,8 @@ class Published:
 
     @cached_property
     def samples(self):
-        """The rows of the published subset, a table."""
+        """The rows of the published subset, a table; without rows where only scalars are kept."""
+        if self.keep == "scalars": return _NO_ROWS
         return self.state.parsed(self.root, "samples.parquet", _rows)
 
     @cached_property
@@ -134,6 +158,11 @@ def _rounded(x, digits=7):
     return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 # %% ../../nbs/instruments/records/published.ipynb #442fe1a4
+def _of_last_epoch(run, keep):
+    """`run` with no more of its history than the last epoch, unless arrays are kept too."""
+    if keep == "arrays" or not run.get("history"): return run
+    return run | {"history": {name: values[-1:] for name, values in run["history"].items()}}
+
 def _thinned(run, samples, folder):
     """(run, rows of the subset, logits, head) of a fresh record as they are published."""
     with naming(folder / "samples.parquet"): mask = samples["subset"].to_numpy(bool)
@@ -156,14 +185,15 @@ def _fresh(study, runs, only, drop):
         run, samples = one.read(folder)
         if _is_wanted(run, only, drop): yield name, _thinned(run, samples, folder)
 
-def _stored(published, only, drop):
-    """The published runs that are still wanted, as `_fresh`, with their rows and arrays as they are stored."""
-    if published.faults: raise published.faults[0]
-    rows = published.samples.groupby(["condition", "seed"]) if published.runs else None
-    for name, run in published.runs.items():
-        if not _is_wanted(run, only, drop): continue
-        with naming(published.root / "samples.parquet"): of_run = rows.get_group(name)
-        yield name, (run, of_run, *published.stored(*name))
+def _stored(published, wanted, keep):
+    """The published runs `wanted`, names, as `_fresh`, with those of their rows and arrays that `keep` asks for."""
+    if wanted and KEEPS.index(keep) < KEEPS.index(published.keep):
+        raise NotKept(f"of {len(wanted)} runs in {published.root} only {published.keep} are kept, and keep is {keep}: "
+                      "make them afresh, or let them go")
+    rows = published.samples.groupby(["condition", "seed"]) if wanted and keep != "scalars" else None
+    for name in wanted:
+        with naming(published.root / "samples.parquet"): of_run = rows and rows.get_group(name)
+        yield name, (published.runs[name], of_run, *(published.stored(*name) if keep == "arrays" else ({}, {})))
 
 # %% ../../nbs/instruments/records/published.ipynb #4d0e6f02
 def _check_changes(study, before, after, drop):
@@ -199,37 +229,44 @@ def _rows_content(tables):
     return files.frame_content(table, compression_level=19, use_byte_stream_split=floats,
                                use_dictionary=[name for name in table if name not in floats])
 
-def _contents(gathered, lines):
-    """{file name: bytes} of the four files."""
-    tables, logits, heads = [], {}, {}
-    for (condition, seed), (_, samples, of_run, head) in gathered:
-        name = {"condition": condition, "seed": seed}
-        tables.append(first_columns(samples.assign(**name), *name))
-        for arrays, target in ((of_run, logits), (head, heads)):
-            target |= {f"{condition}/{seed}/{k}": a for k, a in arrays.items()}
-    text = "".join(f"{line}\n" for line in lines.values())
-    return {"runs.jsonl": text.encode(), "samples.parquet": _together(tables),
-            "logits.npz": files.npz_content(logits), "heads.npz": files.npz_content(heads)}
+def _named(gathered, place):
+    """The arrays at `place` of what was gathered of each run, by the run's name and theirs."""
+    return {f"{condition}/{seed}/{k}": a for (condition, seed), parts in gathered for k, a in parts[place].items()}
+
+def _contents(gathered, lines, keep):
+    """{file name: bytes} of the files that `keep` asks for."""
+    text = "".join(f"{line}\n" for line in lines.values()).encode()
+    if keep == "scalars": return {"runs.jsonl.gz": _zipped(text)}
+    tables = [first_columns(parts[1].assign(condition=condition, seed=seed), "condition", "seed")
+              for (condition, seed), parts in gathered]
+    rows = {"samples.parquet": _together(tables)}
+    if keep == "samples": return {"runs.jsonl.gz": _zipped(text)} | rows
+    return {"runs.jsonl": text} | rows | {"logits.npz": files.npz_content(_named(gathered, 2)),
+                                          "heads.npz": files.npz_content(_named(gathered, 3))}
 
 # %% ../../nbs/instruments/records/published.ipynb #62b31d1c
-def publish(study, runs=None, results=None, only=None, drop=()):
+def publish(study, runs=None, results=None, only=None, drop=(), keep="arrays"):
     """Gather the records of `study` into `results/<study>/`; returns that folder.
 
-    `only`: identities of the runs to publish (default: all). Runs that are published already and
+    `keep`: what of them, one of KEEPS: scalars, rows and arrays, the first two, or the first. `only`: identities of the runs to publish (default: all). Runs that are published already and
     not among the fresh ones stay; `drop` names those that are to go, as "condition/seed". All
     files change together or, if this fails, none. `ValueError` if a record is damaged, naming the
-    file, or if a published run is not wanted any more and not in `drop`.
+    file, or if a published run is not wanted any more and not in `drop`, or keeps less than `keep`.
     """
+    if keep not in KEEPS: raise ValueError(f"keep {keep!r} is unknown: allowed are {', '.join(KEEPS)}")
     root = Path(results or results_root() or "results") / check_slug(study)
     fresh = dict(_fresh(study, runs, only, drop))
     if not fresh and not Published(root).runs: raise no_records(study, runs_or_default(runs), [root.parent])
     with transaction.locked(root):
         published = Published(root)
-        gathered = sorted((dict(_stored(published, only, drop)) | fresh).items())
+        if published.faults: raise published.faults[0]
+        stay = [name for name, run in published.runs.items() if name not in fresh and _is_wanted(run, only, drop)]
+        gathered = sorted((dict(_stored(published, stay, keep)) | fresh).items())
         before = {name: _line(run) for name, run in published.runs.items()}
-        lines = {name: _line(run) for name, (run, *_) in gathered}
+        lines = {name: _line(_of_last_epoch(run, keep)) for name, (run, *_) in gathered}
         _check_changes(study, before, lines, drop)
-        commit(root, study, {name: run["identity"] for name, (run, *_) in gathered}, lines, _contents(gathered, lines))
+        identities = {name: run["identity"] for name, (run, *_) in gathered}
+        commit(root, study, identities, lines, _contents(gathered, lines, keep))
     return root
 
 def commit(root, study, identities, lines, contents):

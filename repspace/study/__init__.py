@@ -17,13 +17,13 @@ import pandas as pd
 from .. import records
 from . import cluster, jobs, notebooks as executed
 from .additions import import_modules
-from .condition import (PARAMETERS, Condition, check_parameters, check_writable,
-                                      load_classifier, missing_seeds, rehearse, run_condition,
-                                      run_settings, weights_path)
+from .condition import PARAMETERS, Condition, check_parameters, run_settings
 from .definition import Study, read
 from .jobs import Job, new_job
 from .notebooks import execute_notebook
 from .origin import provenance
+from .runs import check_writable, missing_seeds, run_condition
+from .weights import load_classifier, rehearse, weights_path
 
 _all_ = ["Condition", "Job", "PARAMETERS", "Study", "check_parameters", "execute_notebook",
          "import_modules", "load_classifier", "missing_seeds", "provenance", "read", "run_condition",
@@ -148,7 +148,7 @@ def publish(study, runs=None, results=None, drop=()):
     study = study if isinstance(study, Study) else read(study)
     wanted = {records.identity(run_settings(condition, seed))
               for condition in study.conditions for seed in study.seeds}
-    folder = records.publish(study.name, runs, results, wanted, drop)
+    folder = records.publish(study.name, runs, results, wanted, drop, study.keep)
     lacking = len(wanted) - len(records.published_identities(study.name, results))
     if lacking: log.warning("%d of the %d runs have no record to publish", lacking, len(wanted))
     return folder

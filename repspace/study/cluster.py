@@ -14,12 +14,13 @@ from filelock import FileLock, Timeout
 
 from .. import records
 from . import additions, jobs
-from .condition import (Condition, missing_seeds, note_failed,
-                                      run_settings, surrogate_paths, weights_path, why)
+from .condition import Condition, run_settings
 from .jobs import Job, new_job
 from .locks import PATIENCE, sign, waiting
 from .origin import provenance
 from .private import private_folder
+from .runs import missing_seeds, note_failed, why
+from .weights import surrogate_paths, weights_path
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import repspace
 from .. import records
 from .condition import Condition
 from .private import is_ours
+from ..vocabulary import KEEPS
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,14 @@ log = logging.getLogger(__name__)
 class Study(NamedTuple):
     """A named set of conditions and seeds, to be run; `round` is the number of seeds per round.
 
+    `keep`: what of its runs is published, one of `vocabulary.KEEPS`.
     What a study left behind, with the verdicts on it, is another thing: see `repspace.findings`.
     """
     name: str
     conditions: tuple
     seeds: tuple
     round: int
+    keep: str = "arrays"
 
     def rounds(self):
         """The seeds in rounds, a list of tuples."""
@@ -141,7 +144,7 @@ def _check_names(root):
     def entries(node, *wanted):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return [(key.value, value) for key, value in pairs if key.value in wanted]
-    for what, node in entries(root, "study", "measures"): _check_name(node, what)
+    for what, node in entries(root, "study", "measures", "keep"): _check_name(node, what)
     for _, grid in entries(root, "grid"):
         for entry in _children(grid):
             for _, node in entries(entry, "data"): _check_name(node, "data")
@@ -181,10 +184,10 @@ def _check_entry(entry, what):
         if not isinstance(entry[name], list) or not entry[name]:
             raise ValueError(f"{what}: {name} must be a list, but is {reprlib.repr(entry[name])}")
 
-def _conditions(entry, measures, what):
+def _conditions(entry, measures, attack_first, what):
     """The conditions that a checked `entry` of the grid stands for."""
     try: return [Condition(entry["data"], model, regularizer, entry["recipe"],
-                           entry.get("feature_dim"), measures)
+                           entry.get("feature_dim"), measures, attack_first)
                  for model in entry["models"] for regularizer in entry["regularizers"]]
     except ValueError as error: raise ValueError(f"{what}: {error}") from error
 
@@ -213,9 +216,11 @@ def _check_study_name(name):
 
 def _study(content):
     needed = ("study", "seeds", "grid")
-    _keys(content, (*needed, "round", "measures"), needed, "a study")
+    _keys(content, (*needed, "round", "measures", "keep", "attack_first"), needed, "a study")
     name, seeds, grid = _check_study_name(content["study"]), _seeds(content["seeds"]), content["grid"]
     size, measures = content.get("round", len(seeds)), content.get("measures", "standard")
+    keep = content.get("keep", KEEPS[0])
+    if keep not in KEEPS: raise ValueError(f"keep is {reprlib.repr(keep)}; allowed are {', '.join(KEEPS)}")
     if type(size) is not int or size < 1:
         raise ValueError(f"round is {reprlib.repr(size)}; allowed are whole numbers from 1")
     if not isinstance(grid, list) or not grid:
@@ -224,11 +229,11 @@ def _study(content):
     for what, entry in entries.items(): _check_entry(entry, what)
     _check_size(grid, seeds)
     conditions = [condition for what, entry in entries.items()
-                  for condition in _conditions(entry, measures, what)]
+                  for condition in _conditions(entry, measures, content.get("attack_first", 0), what)]
     slugs = [condition.slug for condition in conditions]
     twice = sorted(slug for slug, times in Counter(slugs).items() if times > 1)
     if twice: raise ValueError(f"{', '.join(twice)[:500]} is in the grid twice: make it two studies")
-    return Study(name, tuple(conditions), seeds, size)
+    return Study(name, tuple(conditions), seeds, size, keep)
 
 # %% ../../nbs/instruments/study/definition.ipynb #4fd34b70
 def _text(path):

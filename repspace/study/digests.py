@@ -100,11 +100,12 @@ def data_digest(name):
     """The digest, 64 hexadecimal digits, of what the data set `name` holds now; `ValueError` if unknown.
 
     Of what was registered with a digest it is that; no other is taken on trust."""
-    row = data_row(name)
+    row, (_, _, more) = data_row(name), name.partition(":")
     if name in _pinned: return _pinned[name]
+    if row.name == "folder": return folder_digest(more)
+    if more: return hashlib.sha256(f"{data_digest(row.name)}:{more}".encode()).hexdigest()   # of its first classes
     if row.digest: return row.digest
     if row.name == "digits": return _digits_digest()
-    if row.name == "folder": return folder_digest(name.partition(":")[2])
     from repspace import data
     return data.content_digest(row.name)
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from .. import records
 from . import additions
-from .condition import Condition, missing_seeds, note_failed, sources
+from .condition import Condition, sources
+from .runs import missing_seeds, note_failed
 from .locks import held
 from ..vocabulary import data_row
 

@@ -10,7 +10,8 @@ import os, sys, threading
 
 from .additions import import_modules
 from .. import records
-from .condition import Condition, missing_seeds, run_condition
+from .condition import Condition
+from .runs import missing_seeds, run_condition
 from .jobs import Job, fetch_data
 from .locks import held
 from .notebooks import execute_condition
