@@ -24,11 +24,11 @@ def made_by(runs):
 
 def block(studies):
     """The README's paragraph and table, as Markdown."""
-    lines = [Markdown("- **{}**: {}; {} trainings, made by {}.", study.name, study.words, len(study.runs), made_by(study.runs))
-             for study in studies]
+    lines = [Markdown("- **{}** ({}): {}; {} trainings, made by {}.", study.name, listed(dict.fromkeys(study.ledger["status"])),
+                      study.words, len(study.runs), made_by(study.runs)) for study in studies]
     meanings = joined((Markdown("*{}*, {}", row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
-    verdicts = Markdown("A row of the ledger is a measure on a net, with a regularizer or without, and has a verdict: {}.",
-                        meanings)
+    verdicts = Markdown("A claim is judged by one measure, on each net with each regularizer, and has a verdict there: {}. *Confirmatory* "
+                        "studies ran after the rules had been written down, on seeds that nobody had looked at.", meanings)
     table = claims.overview(findings.rows(studies), "nbs/findings")
     return joined([*lines, "", verdicts, "", table, ""]).text
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['verdicts', 'Interval', 'mean_interval', 'Region', 'region', 'verdict', 'decision_p', 'holm', 'Decision', 'decide',
-           'share', 'over_seeds', 'shapley', 'bootstrap_counts', 'correlation', 'partial_correlation']
+           'detectable', 'share', 'over_seeds', 'shapley', 'bootstrap_counts', 'correlation', 'partial_correlation']
 
 # %% ../nbs/instruments/stats.ipynb #d3f45acc
 from math import comb
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 from .arrays import like, to_numpy
 from .vocabulary import VERDICTS
@@ -64,13 +64,14 @@ def region(low, high, claimed):
 verdicts = tuple(VERDICTS)
 
 def verdict(low, high, region):
-    """The verdict on the interval [low, high]: "supported", "contradicted", "none" or "open"."""
+    """The verdict on the interval [low, high]: "supported", "contradicted", "open", "none" or "in between"."""
     if low > region.high: zone = "above"
     elif high < region.low: zone = "below"
     elif low >= region.low and high <= region.high: zone = "inside"
     else: return "open"
     if zone == region.claimed: return "supported"
-    return "none" if zone == "inside" else "contradicted"
+    if zone != "inside": return "contradicted"
+    return "none" if region.low <= 0 <= region.high else "in between"
 
 # %% ../nbs/instruments/stats.ipynb #e617701e
 def decision_p(values, region):
@@ -126,6 +127,17 @@ def decide(rows, min_seeds=5, alpha=0.05):
         judged = verdict(interval.low, interval.high, zone) if decided else "open"
         decisions.append(Decision(*interval, float(1 - row_alpha), float(row_p), judged))
     return decisions
+
+# %% ../nbs/instruments/stats.ipynb #afc130bf
+def detectable(n, low, high, level, region, power=0.8):
+    """The smallest effect that `n` seeds with the interval [low, high] at `level` support with this `power`.
+
+    NaN where equality is claimed, or with one seed.
+    """
+    if n < 2 or region.claimed == "inside": return np.nan
+    critical = stdtrit(n - 1, (1 + level) / 2)
+    distance = nctdtrinc(n - 1, 1 - power, critical) * (high - low) / 2 / critical
+    return float(region.high + distance if region.claimed == "above" else region.low - distance)
 
 # %% ../nbs/instruments/stats.ipynb #d18557ba
 def share(part, effect, level=0.95):

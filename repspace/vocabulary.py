@@ -277,6 +277,7 @@ VERDICTS = Table("verdict", [
     VerdictRow("supported", "✓", "#0072B2", "the interval lies beyond the claim's bound, on the claimed side"),
     VerdictRow("contradicted", "✗", "#B34D00", "the interval lies beyond the bound on the other side"),
     VerdictRow("none", "=", "#6E6E6E", "the interval lies between the bounds: too small an effect"),
+    VerdictRow("in between", "~", "#6E6E6E", "the interval lies between the bounds: neither one thing nor the other"),
     VerdictRow("open", "?", "none", "the interval reaches across a bound, or there are too few seeds"),
     VerdictRow("not applicable", "·", "none", "the question does not arise here")])
 

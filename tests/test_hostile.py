@@ -114,7 +114,7 @@ def cell(*displayed):
 
 def hostile_study(payload, model="net", data="digits"):
     """A `Judged` study whose made-up records say `payload` wherever they hold text."""
-    made = constructed({m: m.region.low - 0.01 for m in claims.get("magnitude").measures}, n_seeds=5, data="x")
+    made = constructed({claims.get("magnitude").primary: -0.06}, n_seeds=5, data="x")
     by = {"version": payload, "commit": payload, "code": payload, "training": {"version": payload}}
     model, data = (text.replace("\ud800", "?") for text in (model, data))  # pandas refuses them: such a study is left out
     runs = made.runs.assign(

@@ -107,7 +107,7 @@ def constructed(targets, n_seeds=10, data="digits"):
         for seed in range(n_seeds):
             noise = draw.normal(0, 1e-4)
             row = dict(study="constructed", condition=condition, data=data, model="net", feature_dim=pd.NA,
-                       regularizer=text, seed=seed, untrained_bias_norm=1.0)
+                       regularizer=text, seed=seed, untrained_bias_norm=1.0, **{c: 0.0 for m in targets for c in m.reads})
             regularized = text != "none"
             for measure, effect in targets.items():
                 if measure.kind == "images":
@@ -132,35 +132,60 @@ def reachable(zone):
         yield value, stats.verdict(value, value, zone)
 
 
-MEASURES = [pytest.param(claim, measure, id=f"{claim.id}-{measure.name}")
-            for claim in claims.CLAIMS for measure in claim.measures]
+CLAIMS = [pytest.param(claim, id=claim.id) for claim in claims.CLAIMS]
+SECONDARY = [pytest.param(claim, measure, id=f"{claim.id}-{measure.name}")
+             for claim in claims.CLAIMS for measure in claim.secondary if measure.kind != "pair"]
 
 
-@pytest.mark.parametrize("claim, measure", MEASURES)
-def test_every_measure_reaches_its_verdicts(claim, measure):
+def judged(claim, value, n_seeds=10):
+    """The rows of a claim's primary measure where its effect is `value`."""
+    if claim.primary.kind != "pair":
+        ledger = claims.ledger(constructed({claim.primary: value}, n_seeds), claim_ids=[claim.id])
+    else:   # what is computed from arrays is put into the pairs, and what it stands on is made true
+        first = claims.get(claim.after).primary
+        paired = list(claims.pairs(constructed({first: first.region.high + 0.2}, n_seeds)))
+        for _, pair, _, _ in paired:
+            parts = [m.name.removeprefix("part_") for m in claim.measures]
+            pair.kept["reasons"] = pd.DataFrame({"direction": value, "toward": 0.1}, pair.runs.index).reindex(columns=parts)
+        ledger = claims.ledger(None, claim_ids=[claim.id], paired=paired)
+    return ledger[ledger["measure"] == claim.primary.name]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_every_claim_reaches_its_verdicts(claim):
     reached = set()
-    for value, expected in reachable(measure.region):
-        ledger = claims.ledger(constructed({measure: value}))
-        rows = ledger[(ledger["claim"] == claim.id) & (ledger["measure"] == measure.name)]
-        assert len(rows) and set(rows["verdict"]) == {expected}
+    for value, expected in reachable(claim.primary.region):
+        rows = judged(claim, value)
+        assert len(rows) and set(rows["verdict"]) == {expected} and set(rows["role"]) == {"primary"}
         assert np.allclose(rows["effect"], value, atol=1e-3)
+        assert len(rows) <= 3 + (claim.primary.kind not in claims.paired_kinds)
         reached.add(expected)
-    few = claims.ledger(constructed({measure: value}, n_seeds=9))
-    assert set(few["verdict"]) == {"open"}
-    assert "supported" in reached and "contradicted" in reached
-    assert ("none" in reached) == (measure.region.claimed != "inside")
+    assert set(judged(claim, value, n_seeds=9)["verdict"]) <= {"open", "not applicable"}
+    zone = claim.primary.region
+    inside = "supported" if zone.claimed == "inside" else "none" if zone.low <= 0 <= zone.high else "in between"
+    assert reached == {"supported", "contradicted", inside}
+
+
+@pytest.mark.parametrize("claim, measure", SECONDARY)
+def test_every_secondary_measure_has_a_plain_interval_and_no_verdict(claim, measure):
+    ledger = claims.ledger(constructed({measure: 0.3}), claim_ids=[claim.id])
+    rows = ledger[ledger["measure"] == measure.name]
+    assert len(rows) and set(rows["role"]) == {"secondary"} and set(rows["verdict"]) == {""}
+    for row in rows.itertuples():
+        assert (row.effect, row.low, row.high) == pytest.approx(stats.mean_interval(row.per_seed)) and row.level == 0.95
+        assert row.effect == pytest.approx(0.3, abs=1e-3)
 
 
 @pytest.mark.parametrize("data, n_seeds, decided", [("digits", 9, False), ("digits", 10, True),
                                                    ("cifar10", 4, False), ("cifar10", 5, True)])
 def test_each_data_set_asks_for_its_number_of_seeds(data, n_seeds, decided):
-    measure, = claims.get("accuracy").measures
-    ledger = claims.ledger(constructed({measure: 0.1}, n_seeds, data))
+    measure = claims.get("accuracy").primary
+    ledger = claims.ledger(constructed({measure: 0.1}, n_seeds, data), claim_ids=["accuracy"])
     assert set(ledger["verdict"]) == ({"supported"} if decided else {"open"})
 
 
 def test_data_sets_are_families_of_their_own():
-    measure, = claims.get("accuracy").measures
+    measure = claims.get("accuracy").primary
     one, two = (constructed({measure: 0.1}, data=data) for data in ("digits", "cifar10"))
     both = SimpleNamespace(runs=pd.concat([one.runs, two.runs]), samples=one.samples)
     alone, together = claims.ledger(one), claims.ledger(both)
@@ -169,7 +194,7 @@ def test_data_sets_are_families_of_their_own():
 
 
 def test_feature_dimensions_do_not_pair():
-    measure, = claims.get("accuracy").measures
+    measure = claims.get("accuracy").primary
     flat = constructed({measure: 0.1})
     flat.runs.loc[flat.runs["regularizer"] != "none", "feature_dim"] = 2
     assert claims.ledger(flat).empty
@@ -202,11 +227,11 @@ def small_study(tmp_path, monkeypatch):
     return records.load("small")
 
 
-def test_heads_that_start_without_bias_are_not_judged_before_training(small_study):
+def test_heads_that_start_without_bias_say_nothing_of_cones_before_training(small_study):
     ledger = claims.ledger(small_study)
-    before = ledger["measure"].str.startswith("untrained_")
-    assert set(ledger[before]["verdict"]) == {"not applicable"}
-    assert set(ledger[~before]["verdict"]) == {"open"}
+    before = ledger["measure"].isin(["untrained_cone_degree_test", "over_untrained"])
+    assert before.any() and set(ledger[before]["why"]) == {"biases start at zero"}
+    assert set(ledger[~before & (ledger["role"] == "primary")]["verdict"]) <= {"open", "not applicable"}
 
 
 def test_figures_are_drawn_from_records(small_study):
@@ -217,8 +242,8 @@ def test_figures_are_drawn_from_records(small_study):
 
 @pytest.fixture(scope="module")
 def ledger():
-    return claims.ledger(constructed({m: m.region.low - 0.01 for c in claims.CLAIMS for m in c.measures
-                                      if c.id in ("magnitude", "accuracy", "calibration", "robustness")}))
+    below = {c.primary: c.primary.region.low - 0.01 for c in map(claims.get, ("magnitude", "accuracy", "calibration", "robustness"))}
+    return claims.ledger(constructed(below | {m: 0.3 for m in claims.get("magnitude").secondary}))
 
 
 def test_inline_svg_is_well_formed_and_shares_no_ids(ledger):
@@ -347,8 +372,8 @@ def test_runs_of_another_recipe_are_not_paired_with_the_rest(caplog):
 @pytest.fixture
 def kurtosis():
     """A claim registered from outside, on a column that old records lack; taken away again."""
-    claim = claims.Claim("kurtosis", "Vectors have few large entries.", "nowhere", "magnitude", (
-        claims.Measure("kurtosis", "change of kurtosis", "difference", "kurtosis", stats.region(-0.1, 0.1, "above"), "A guess."),))
+    claim = claims.Claim("kurtosis", "Vectors have few large entries.", "nowhere", "magnitude", claims.Measure(
+        "kurtosis", "change of kurtosis", "difference", "kurtosis", stats.region(-0.1, 0.1, "above"), "A guess."))
     yield claims.register(claim)
     claims.CLAIMS.remove(claim)
     figures.FIGURES.clear()
@@ -358,7 +383,7 @@ def test_a_registered_claim_is_judged_where_records_have_its_column(kurtosis, di
     before = claims.ledger(digits, claim_ids=["magnitude"])
     old, new = claims.ledger(digits), claims.ledger(digits._replace(runs=digits.runs.copy().assign(
         kurtosis=digits.runs["regularizer"].eq("mixup:1.0") + digits.runs["seed"] / 1e3)))
-    assert "kurtosis of claim kurtosis is not judged: no column 'kurtosis'" in caplog.text
+    assert "digits: kurtosis of claim kurtosis is left out in 6 rows: no 'kurtosis'" in caplog.text
     assert "kurtosis" not in set(old["claim"])
     assert set(new.query("claim == 'kurtosis' and regularizer == 'mixup:1.0'")["verdict"]) == {"supported"}
     for ledger in (old, new):
@@ -384,7 +409,7 @@ def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatc
 
 def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2"):
     """Made-up records whose regularizer, data set and model nobody has registered here."""
-    made = constructed({m: m.region.low - 0.01 for m in claims.get("magnitude").measures}, n_seeds=5, data="x")
+    made = constructed({claims.get("magnitude").primary: -0.06}, n_seeds=5, data="x")
     known = {"none": "none", "label-smoothing:0.1": text, "mixup:1.0": "mixup:1.0", "cutmix:1.0": "cutmix:1.0"}
     runs = made.runs.assign(data=data, model=model, regularizer=made.runs["regularizer"].map(known), source="fresh",
                             settings=[{}] * len(made.runs), made=[{"device": "cpu<script>"}] * len(made.runs), seconds=1.0)
@@ -395,7 +420,7 @@ def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2
 
 def test_records_of_what_is_not_registered_are_shown_with_plain_names():
     study = foreign()
-    assert set(study.rows("magnitude")["verdict"]) == {"supported"}, "five seeds, as for any other data"
+    assert set(claims.headline(study.rows("magnitude"))["verdict"]) == {"supported"}, "five seeds, as for any other data"
     pages = [findings.opening([study], "magnitude").text, claims.scorecard(study.ledger, "my$net_2").text,
              claims.overview(study.ledger).text, findings.overview([study]).text, findings.scope([study]).text,
              claims.table(study.rows("magnitude"), "magnitude")._repr_html_(), study.heading.text]
@@ -409,7 +434,7 @@ def test_records_of_what_is_not_registered_are_shown_with_plain_names():
     assert all("#767676" in figure.svg for figure in drawn[:1] + drawn[2:])
 
 
-def test_arrays_are_read_from_where_the_records_were_loaded(small_study, monkeypatch, tmp_path):
+def test_arrays_are_read_from_where_the_records_were_loaded(small_study, monkeypatch, tmp_path, caplog):
     """The untrained head tells that biases start at zero, wherever the default folders are."""
     with_column = small_study.runs.drop(columns="untrained_bias_norm", errors="ignore")
     elsewhere = tmp_path / "elsewhere"
@@ -417,11 +442,13 @@ def test_arrays_are_read_from_where_the_records_were_loaded(small_study, monkeyp
     monkeypatch.setenv("REPSPACE_RUNS", str(elsewhere))
     monkeypatch.chdir(elsewhere)
     ledger = claims.ledger(small_study._replace(runs=with_column))
-    before = ledger["measure"].str.startswith("untrained_")
-    assert before.any() and set(ledger[before]["verdict"]) == {"not applicable"}
+    before = ledger["measure"] == "untrained_cone_degree_test"
+    assert before.any() and set(ledger[before]["why"]) == {"biases start at zero"}
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ValueError):
-        claims.ledger(small_study._replace(runs=with_column))
+    caplog.set_level("INFO")
+    ledger = claims.ledger(small_study._replace(runs=with_column))
+    assert not (ledger["measure"] == "untrained_cone_degree_test").any() and len(ledger), "what needs arrays is left out, and said"
+    assert "small: untrained_cone_degree_test of claim cones is left out in 1 rows: no 'arrays'" in caplog.text
 
 
 def test_a_ledger_is_the_same_whether_its_rows_are_drawn_alone_or_together(digits):

@@ -6,7 +6,7 @@
 __all__ = ['statistic', 'Draws', 'with_image_intervals', 'half_widths', 'compared']
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #d53ce534
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import pandas as pd
@@ -24,11 +24,13 @@ _means = {
     "nll": lambda rows: -np.log(np.maximum(rows["label_probability"], 1e-12)),
     "rms": lambda rows: rows["norm"], "span_norm": lambda rows: rows["span_norm"],
     "logit_scale": lambda rows: rows["span_norm"],
-    "cone_degree_test": lambda rows: 1 - rows["apex_gap"],
+    "cone_degree_test": lambda rows: 1 - rows["apex_gap"], "cone_degree_right": lambda rows: 1 - rows["apex_gap"],
+    "cone_share_beyond_tenth": lambda rows: rows["apex_gap"] > 0.1,
     "no_bias_accuracy": lambda rows: rows["without_bias"] == rows["label"],
     "no_bias_agreement": lambda rows: rows["without_bias"] == rows["prediction"]}
 _proportional = ("rms", "logit_scale")
 _unbiased = ("no_bias_accuracy", "no_bias_agreement")
+_not_at_the_origin = ("cone_degree_right", "cone_share_beyond_tenth")   # correct, and not of the class with the largest bias
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #fb3f7f88
 def _success(breaks, reference, counts):
@@ -46,7 +48,7 @@ def statistic(column, run, rows, counts, reference=None):
         try: x = _means[column](rows)
         except KeyError: return None   # a column that rows of an older record lack
         return _mean(x, counts) * (run[column] / np.mean(x) if column in _proportional else 1)
-    if column == "ece_excess" and "confidence" in rows:
+    if column in ("ece", "ece_excess") and "confidence" in rows:
         return calibration.binned_error(rows["confidence"], _right(rows), weights=counts)
     name, _, attack = column.rpartition("_")
     if name == "success" and f"breaks_{attack}" in rows and reference is not None:
@@ -57,13 +59,35 @@ def statistic(column, run, rows, counts, reference=None):
     return None
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #fd9ae3f5
+_digits = 1797
+
+@cache
+def _test_split(seed, train_size=200):
+    """Places in the data set of the digits that a seed tests on, as `data.load("digits", seed=seed)` has them, and labels."""
+    from sklearn.datasets import load_digits   # here, since they take a second to import
+    from sklearn.model_selection import train_test_split
+    labels = load_digits().target
+    rest = train_test_split(np.arange(len(labels)), train_size=train_size, stratify=labels, random_state=seed)[1]
+    return rest, labels[rest]
+
+def _places(rows, data, seed):
+    """The place in the data set of each of the `rows` of a run, or None where that is not known."""
+    kind, _, classes = str(data).partition(":")
+    if kind != "digits": return None
+    places, labels = _test_split(int(seed))
+    if classes.isdigit(): places, labels = (x[labels < int(classes)] for x in (places, labels))
+    image = rows["image"].to_numpy()
+    known = len(image) and image.max() < len(places) and (labels[image] == rows["label"]).all()
+    return places[image] if known else None
+
+# %% ../../nbs/instruments/claims/sampling.ipynb #fd9ae3f6
 _of_attacks = ("success_", "toward_r")
 
 def _attacked(run):
     limit = (run["settings"] or {}).get("attack_images")
     return min(filter(None, (run["test_images"], limit)))
 
-def _net(model, feature_dim): return model, None if pd.isna(feature_dim) else int(feature_dim)
+def _net(row): return row["data"], row["model"], None if pd.isna(row["feature_dim"]) else int(row["feature_dim"])
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #ebacf0bd
 class Draws:
@@ -79,20 +103,30 @@ class Draws:
         runs = recorded.runs.to_dict("records")
         self.runs = {(run["condition"], run["seed"]): run for run in runs}
         self.nothing = samples.head(0)
-        self.plain = {_net(run["model"], run["feature_dim"]): run["condition"] for run in runs if run["regularizer"] == "none"}
+        self.conditions = {(*_net(run), run["regularizer"]): run["condition"] for run in runs}
         self.same_images = (samples.groupby("image")["label"].nunique() == 1).all()
-        self._counts, self._scalars = {}, {}
+        self._drawn, self._counts, self._scalars = {}, {}, {}
 
     @cached_property
     def reference(self): return records.reference(self.recorded.runs)
 
-    def counts(self, n, seed):
-        """How often each of `n` images of a run with this seed is drawn: (n_draws, n)."""
-        key = n, None if self.same_images else seed
+    def counts(self, rows, data, seed):
+        """How often each image of the `rows` of a run with this seed is drawn: (n_draws, n)."""
+        image = rows["image"].to_numpy()
+        key = data, None if self.same_images else int(seed), image.tobytes()
         if key not in self._counts:
-            generator = np.random.SeedSequence([self.seed, n, 0 if self.same_images else int(seed) + 1])
-            self._counts[key] = stats.bootstrap_counts(n, self.n_draws, generator)
+            places, by_itself = image if self.same_images else _places(rows, data, seed), 0
+            if places is None: places, by_itself = image, int(seed) + 1
+            if len(self._counts) > 99: self._counts.clear()   # it is for the rows that runs of a seed share
+            self._counts[key] = self._draw(data, by_itself)[:, places]
         return self._counts[key]
+
+    def _draw(self, data, by_itself):
+        if (data, by_itself) not in self._drawn:
+            joint = not self.same_images and not by_itself
+            n = _digits if joint else int(max(rows["image"].max() for rows in self.rows.values())) + 1
+            self._drawn[data, by_itself] = stats.bootstrap_counts(n, self.n_draws, np.random.SeedSequence([self.seed, n, by_itself]))
+        return self._drawn[data, by_itself]
 
     def scalar(self, column, condition, seed):
         """(n_draws,) values of a run's scalar, around the recorded one, or None."""
@@ -105,9 +139,7 @@ class Draws:
         if rows.empty or pd.isna(run["test_images"]): return None
         once = statistic(column, run, rows, np.ones((1, len(rows)), np.float32), self.reference)
         if once is None: return None
-        drawn = statistic(column, run, rows, self.counts(len(rows), seed), self.reference)
-        total = _attacked(run) if column.startswith(_of_attacks) else run["test_images"]
-        return run[column] + (drawn - once) * np.sqrt(min(1, len(rows) / total))
+        return run[column] - once + statistic(column, run, rows, self.counts(rows, run["data"], seed), self.reference)
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #d1a33100
 def _rows_of(draws, column, condition, seed):
@@ -116,43 +148,76 @@ def _rows_of(draws, column, condition, seed):
     if column.startswith(_of_attacks):
         attack = f"toward_{column.rpartition('_')[2]}"
         return rows[rows[attack].notna()] if attack in rows else draws.nothing
-    if column in _unbiased and "without_bias" not in rows and getattr(draws.recorded, "folders", None):
-        arrays = draws.recorded.arrays(condition, seed)
-        logits = arrays["clean"][rows["image"].to_numpy()] - arrays["head.bias"]
-        rows = draws.rows[condition, seed] = rows.assign(without_bias=logits.argmax(1))
+    if column not in (*_unbiased, *_not_at_the_origin) or not getattr(draws.recorded, "folders", None): return rows
+    arrays = draws.recorded.arrays(condition, seed)
+    bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
+    if column in _not_at_the_origin:
+        at_the_origin = (rows["prediction"] == bias.argmax()) & bool(np.ptp(bias))
+        return rows[(rows["label"] == rows["prediction"]) & ~at_the_origin]
+    if "without_bias" not in rows:
+        rows = draws.rows[condition, seed] = rows.assign(without_bias=_without_bias(arrays, bias, rows))
     return rows
+
+def _without_bias(arrays, bias, rows):
+    """Predictions without the head's biases: logits stand in the order of the published rows."""
+    at = rows["image"].to_numpy()
+    return (arrays["clean"][at - at.min() if len(at) == len(arrays["clean"]) else at] - bias).argmax(1)
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #9f93e541
 def _over_shared_images(draws, column, condition, plain, seed):
-    """(n_draws,) values over the published images that a run and its plain partner both get right."""
+    """(n_draws,) values over the published images that a run and its partner both get right."""
     pair = [draws.rows[c, seed].reset_index(drop=True) for c in (condition, plain)]
+    if any(column not in rows for rows in pair): return None
     both = (_right(pair[0]) & _right(pair[1])).astype(np.float32)
-    counts = draws.counts(len(both), seed)
+    counts = draws.counts(pair[0], draws.runs[condition, seed]["data"], seed)
     difference = np.nan_to_num((pair[0][column] - pair[1][column]).to_numpy(np.float32)) * both
     return counts @ difference / np.maximum(counts @ both, 1)
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #668a6892
 _combined = {"difference": np.subtract, "gap": np.subtract, "quotient": np.divide,
-             "change": lambda run, plain: run / plain - 1}
+             "change": lambda run, partner: run / partner - 1}
 
-def _of_seed(measure, draws, condition, plain, seed):
+def _of_seed(measure, draws, condition, partner, seed):
     """(n_draws,) values of a measure on one seed, or None where the rows do not tell."""
+    if measure.kind == "pair": return None
     if measure.kind == "images":
-        return _over_shared_images(draws, measure.column, condition, plain, seed)
+        return _over_shared_images(draws, measure.column, condition, partner, seed)
     own = draws.scalar(measure.column, condition, seed)
     if own is None or measure.kind == "level": return own
     paired = measure.kind in paired_kinds
-    other = draws.scalar(measure.column if paired else measure.other, plain if paired else condition, seed)
+    other = draws.scalar(measure.column if paired else measure.other, partner if paired else condition, seed)
     return None if other is None else _combined[measure.kind](own, other)
 
+# %% ../../nbs/instruments/claims/sampling.ipynb #86d2751d
+def _as_many(drawn, share, apart):
+    """Mean over seeds of deviations `drawn` (seeds, n_draws), made as wide as those of all images are.
+
+    `share`: rows of images, of all that a run was tested on; `apart`: whether seeds have splits of their own."""
+    each, together = drawn.var(1).sum(), drawn.sum(0).var()
+    shared = max(together - each, 0)
+    wanted = share * each + (1 if apart else share) * shared
+    return drawn.mean(0) * np.sqrt(wanted / (each + shared) if each else 1)
+
+def _share(measure, row, draws):
+    """Published rows over images that the measure's column is over, at most 1."""
+    if measure.kind == "images": return 1.0
+    run = draws.runs[row.condition, row.per_seed.index[0]]
+    rows = draws.rows[row.condition, row.per_seed.index[0]]
+    total = _attacked(run) if measure.column.startswith(_of_attacks) else run["test_images"]
+    return min(1.0, len(rows) / total)
+
+# %% ../../nbs/instruments/claims/sampling.ipynb #671ce1d4
 def _effect(measure, row, draws):
     """(n_draws,) values of the effect of a ledger's row, or None where the rows do not tell."""
-    plain, per_seed = draws.plain.get(_net(row.model, row.feature_dim)), []
+    if not row.seeds: return None
+    net = _net(row._asdict())
+    partner, per_seed = draws.conditions.get((*net, row.partner)), []
     for seed in row.per_seed.index:
-        drawn = _of_seed(measure, draws, row.condition, plain, seed)
+        drawn = _of_seed(measure, draws, row.condition, partner, seed)
         if drawn is None: return None
-        per_seed.append(drawn)
-    return np.mean(per_seed, axis=0)
+        per_seed.append(drawn - row.per_seed[seed])
+    apart = not draws.same_images and net[0].partition(":")[0] == "digits"
+    return row.effect + _as_many(np.array(per_seed), _share(measure, row, draws), apart)
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #3d99ee97
 def with_image_intervals(ledger, draws, level=0.95):
@@ -163,8 +228,7 @@ def with_image_intervals(ledger, draws, level=0.95):
     """
     ends = []
     for row in ledger.itertuples():
-        measure = next(m for m in get(row.claim).measures if m.name == row.measure)
-        effect = _effect(measure, row, draws)
+        effect = _effect(get(row.claim).measure(row.measure), row, draws)
         known = effect is not None and np.isfinite(effect).all()
         ends.append(np.quantile(effect, [(1 - level) / 2, (1 + level) / 2]) if known else [np.nan] * 2)
     return ledger.assign(images_low=[low for low, _ in ends], images_high=[high for _, high in ends])
@@ -182,7 +246,8 @@ def half_widths(ledger):
                          "images": over_images}, index=rows.index)
 
 def compared(ledger):
-    """A sentence: in how many rows the test images are the larger source of doubt."""
+    """A sentence: in how many rows with a verdict the test images are the larger source of doubt."""
+    ledger = ledger[ledger["role"] == "primary"]
     both = half_widths(ledger)
     if both.empty:
         return "The published rows do not tell how far other test images would have moved this."
@@ -191,7 +256,7 @@ def compared(ledger):
     decided = decided[~decided["verdict"].isin(["open", "not applicable"])]
     crossing = sum(stats.verdict(row.images_low, row.images_high, _region(row)) != row.verdict
                    for row in decided.itertuples())
-    return (f"Of {len(ledger)} rows the published images tell for {len(both)} how far the effect would "
+    return (f"Of {len(ledger)} verdicts the published images tell for {len(both)} how far the effect would "
             f"have moved with others: by less than between seeds in {len(both) - more}, by more in "
             f"{more}. Of the {len(decided)} decided ones, {crossing} "
             f"{'has' if crossing == 1 else 'have'} an interval over images that reaches beyond the "

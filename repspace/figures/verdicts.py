@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..claims.tables import counted, of_claim
+from ..claims import families
+from ..claims.tables import counted, headline, of_claim
 from .canvas import (Figure, full, ink, label_of, regularizer_label, regularizer_legend, subplots, theme, verdict_key,
                                      wrapped)
-from ..vocabulary import VERDICTS, ordered, regularizer_style, units
+from ..vocabulary import VERDICTS, listed, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #33b02cb0
 def _effect_line(ax, row, y):
@@ -23,7 +24,7 @@ def _effect_line(ax, row, y):
     if np.isfinite([row.low, row.high]).all():
         ax.plot([row.low * factor, row.high * factor], [y, y], color=look["color"], lw=1.5)
     ax.plot(row.effect * factor, y, markersize=5, ls="", mec="none", **look)
-    ax.annotate(VERDICTS.row(row.verdict).mark, (1.02, y), xycoords=ax.get_yaxis_transform(), va="center",
+    if row.verdict: ax.annotate(VERDICTS.row(row.verdict).mark, (1.02, y), xycoords=ax.get_yaxis_transform(), va="center",
                 fontweight="bold", annotation_clip=False)
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #1dc0d650
@@ -31,8 +32,9 @@ def _effect_panel(ax, rows, labels):
     """Draw the rows of one model that share unit and band; y positions come from `labels` alone."""
     first, ticks = rows.iloc[0], []
     factor, y = units[first["unit"]][0], 0.0
-    ax.axvspan(first["low_bound"] * factor, first["high_bound"] * factor, color=ink, alpha=0.09, lw=0)
-    if first["low_bound"] < 0 < first["high_bound"]: ax.axvline(0, color=ink, lw=0.5, alpha=0.5)
+    judged = bool(first["claimed"])
+    if judged: ax.axvspan(first["low_bound"] * factor, first["high_bound"] * factor, color=ink, alpha=0.09, lw=0)
+    if not judged or first["low_bound"] < 0 < first["high_bound"]: ax.axvline(0, color=ink, lw=0.5, alpha=0.5)
     for label, lines in labels.items():
         chosen = rows[rows["label"] == label]
         for i, row in enumerate(chosen.itertuples()): _effect_line(ax, row, y + i)
@@ -41,18 +43,24 @@ def _effect_panel(ax, rows, labels):
     ax.set_yticks(ticks, [wrapped(label) for label in labels])
     ax.set_ylim(y - 1.2, -0.7)
     ax.tick_params(axis="y", length=0)
-    side = {"below": "←  claimed", "above": "claimed  →", "inside": "→ claimed ←"}[first["claimed"]]
+    side = {"below": "←  claimed", "above": "claimed  →", "inside": "→ claimed ←", "": ""}[first["claimed"]]
     unit = {"points": ", points", "%": ", %", "": ""}[first["unit"]]
     ax.set_xlabel(f"{first['kind']}{unit}\n{side}")
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #73a4fe89
+def _of_regularizers(claim, rows):
+    """The rows about regularizers against plain runs, the primary measure's first; where there are none, the arms' of that."""
+    primary = rows["measure"] == claim.primary.name
+    soft = (rows["family"] == families.soft) & (rows["partner"] == "none")
+    return pd.concat([rows[primary & soft], rows[~primary & soft]]) if soft.any() else rows[primary]
+
 @theme()
 def effects(ledger, claim_id, caption=None):
-    """Forest plot of a claim's rows, by model: effect, interval, seeds, band, verdict."""
-    rows = of_claim(ledger, claim_id)[1]
+    """Forest plot of a claim's rows, by model: effect, interval, seeds; band and verdict of its primary measure."""
+    rows = _of_regularizers(*of_claim(ledger, claim_id))
     models = sorted(set(rows["model"]))
     shared = ["unit", "low_bound", "high_bound", "claimed"]
-    of_axis = [of_one for _, of_one in rows.groupby(shared, sort=False)]
+    of_axis = [of_one for _, of_one in rows.groupby(shared, sort=False, dropna=False)]
     labels = [of_one.groupby(["label", "model"], sort=False).size().groupby("label", sort=False).max()
               .to_dict() for of_one in of_axis]
     heights = [0.17 * sum(n + 0.9 for n in lines.values()) for lines in labels]
@@ -66,11 +74,12 @@ def effects(ledger, claim_id, caption=None):
     for ax, model in zip(axes[0], models): ax.set_title(label_of(model))
     regularizer_legend(fig, rows["regularizer"])
     fig.supxlabel(verdict_key(rows["verdict"]), fontsize=8)
-    caption = caption or (f"{len(rows)} effects: {counted(rows['verdict'])}. Points are seeds, lines their "
-                          "intervals, corrected together; the band is between the two bounds: no effect that "
-                          "matters or, where a claim is of equality, what is claimed.")
+    judged = rows[rows["verdict"] != ""]
+    caption = caption or (f"{len(judged)} verdicts: {counted(judged['verdict'])}. Points are seeds, lines their intervals, those with a "
+                          "verdict corrected together; the band is between the two bounds: no effect that matters or, "
+                          "where a claim is of equality, what is claimed. Measures without a band are shown, not judged.")
     by_measure = "; ".join(f"{label}: {counted(of_label['verdict'])}"
-                           for label, of_label in rows.groupby("label", sort=False))
+                           for label, of_label in judged.groupby("label", sort=False))
     alt = f"Forest plot of the claim {claim_id} on {', '.join(map(label_of, models))}. {by_measure}."
     return Figure(fig, caption, alt)
 
@@ -95,9 +104,7 @@ def _scorecard_axes(ax, lines, nets, order):
           for i, net in enumerate(nets) for j, r in enumerate(order)}
     ax.set(xlim=(-0.6, max(xs.values()) + 0.6), ylim=(len(lines) - 0.4, -0.6))
     ax.set_xticks(list(xs.values()), [regularizer_label(r).replace(" ", "\n") for *_, r in xs], fontsize=7)
-    ax.set_yticks(range(len(lines)), [label or claim for claim, label in lines], fontsize=7.5)
-    for tick, (_, label) in zip(ax.get_yticklabels(), lines):
-        tick.set_fontweight("normal" if label else "bold")
+    ax.set_yticks(range(len(lines)), lines, fontsize=7.5, fontweight="bold")
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     above = ax.secondary_xaxis("top")
@@ -109,30 +116,26 @@ def _scorecard_axes(ax, lines, nets, order):
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #97b336d8
 @theme()
-def scorecard(ledger, measures=False, caption=None):
-    """Grid of verdicts by claim and condition, all studies; `measures=True`: a row per measure."""
-    nets = list(dict.fromkeys(zip(ledger["study"], ledger["model"])))
-    order = ordered(ledger["regularizer"])
-    labels = ledger.groupby("claim", sort=False)["label"].unique()
-    lines = [(claim, label) for claim in labels.index
-             for label in (None, *(labels[claim] if measures else ()))]
+def scorecard(ledger, caption=None):
+    """Grid of verdicts by claim and condition, all studies."""
+    ledger = headline(ledger)
+    if ledger.empty: raise ValueError("the ledger has no verdicts on regularizers against plain runs")
+    nets, order = list(dict.fromkeys(zip(ledger["study"], ledger["model"]))), ordered(ledger["regularizer"])
+    lines = list(dict.fromkeys(ledger["claim"]))
     side_by_side = max(1, 12 // len(order))
     blocks = [nets[i:i + side_by_side] for i in range(0, len(nets), side_by_side)]
-    height = (0.2 if measures else 0.27) * len(lines) + 1.1
-    fig, axes = subplots(len(blocks), 1, (full, height * len(blocks)))
-    cells = ledger.groupby(["claim", *(["label"] if measures else []), "study", "model", "regularizer"], sort=False)
+    fig, axes = subplots(len(blocks), 1, (full, (0.27 * len(lines) + 1.1) * len(blocks)))
+    cells = ledger.groupby(["claim", "study", "model", "regularizer"], sort=False)
     for ax, block in zip(axes[:, 0], blocks):
         xs = _scorecard_axes(ax, lines, block, order)
-        for (claim, *label, study, model, text), verdicts in cells["verdict"]:
-            if (study, model) in block:
-                _cell(ax, xs[study, model, text], lines.index((claim, *(label or [None]))), verdicts)
+        for (claim, study, model, text), verdicts in cells["verdict"]:
+            if (study, model) in block: _cell(ax, xs[study, model, text], lines.index(claim), verdicts)
     fig.supxlabel(verdict_key(ledger["verdict"]), fontsize=8)
-    return Figure(fig, caption or _scorecard_caption(ledger, measures), _scorecard_alt(ledger))
+    return Figure(fig, caption or _scorecard_caption(ledger), _scorecard_alt(ledger))
 
-def _scorecard_caption(ledger, measures):
-    by_study = "; ".join(f"{label_of(study)}: {len(verdicts)} verdicts, {counted(verdicts)}"
-                         for study, verdicts in ledger.groupby("study", sort=False)["verdict"])
-    return f"{by_study}." + ("" if measures else " A number counts the measures of a claim.")
+def _scorecard_caption(ledger):
+    return "; ".join(f"{label_of(study)} ({listed(dict.fromkeys(rows['status']))}): {len(rows)} verdicts, {counted(rows['verdict'])}"
+                     for study, rows in ledger.groupby("study", sort=False)) + "."
 
 def _scorecard_alt(ledger):
     by_claim = "; ".join(f"{label_of(study)}, {claim}: {counted(verdicts)}" for (study, claim), verdicts
