@@ -632,3 +632,30 @@ def test_arms_change_no_identity_of_old_texts_and_have_their_own():
     assert len({records.identity(study.run_settings(each, 0)) for each in same}) == 1
     data = {records.training_key(study.run_settings(Condition(name, "tiny-cnn", "none", RECIPE), 0)) for name in ("digits", "digits:5", "digits:2")}
     assert len(data) == 3
+
+
+def test_a_grid_multiplies_its_lists(place):
+    several = entry("none") | {"data": ["digits:5", "digits"], "feature_dim": [2, 8], "regularizers": ["none", "mixup:1"],
+                               "arms": [["none", "logit-scale:6"], ["none", "learning-rate:0.4"]]}
+    conditions = study.read(define(place, grid=[several])).conditions
+    assert len({condition.slug for condition in conditions}) == 2 * 2 * 2 * 2 * 2
+    assert {(condition.data, condition.feature_dim) for condition in conditions} == {
+        (data, d) for data in ("digits:5", "digits") for d in (2, 8)}
+    assert {condition.regularizer for condition in conditions if "mixup" in condition.regularizer} == {
+        "mixup:1.0", "mixup:1.0+learning-rate:0.4", "mixup:1.0+logit-scale:6.0", "mixup:1.0+logit-scale:6.0+learning-rate:0.4"}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"arms": "logit-scale:6"}, "arms must be a list"), ({"arms": []}, "arms must be a list"), ({"arms": ["logit-scale:6"]}, "arms 1 must be a list"),
+    ({"arms": [[]]}, "arms 1 must be a list"), ({"arms": [[None]]}, "arms"), ({"arms": [[3]]}, "arms"), ({"arms": [[["none"]]]}, "not text"),
+    ({"data": []}, "data must be a list"), ({"feature_dim": []}, "feature_dim must be a list"), ({"feature_dim": [0]}, "feature_dim is 0"),
+    ({"arms": [["none"] * 400, ["none"] * 400]}, "runs; allowed are up to"), ({"arms": [["none", "none"]]}, "is in the grid twice")])
+def test_lists_that_cannot_be_multiplied_are_refused(place, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.read(define(place, grid=[entry("none") | change]))
+
+
+def test_a_study_that_measures_training_alone_attacks_nothing(place):
+    study.run(define(place, measures="training", seeds=1), runs=place / "runs", workers=1)
+    runs = records.load("tiny", "fresh", place / "runs").runs
+    assert {"train_loss", "train_accuracy", "accuracy"} <= set(runs) and not [name for name in runs if "pgd" in name or "cone" in name]

@@ -197,7 +197,8 @@ def _several(value):
 def _texts(entry):
     """The regularizer texts of a checked `entry`: each of its regularizers with one of each of its arms."""
     def joined(words):
-        return "+".join(w for w in words if w != "none") or "none" if all(isinstance(w, str) for w in words) else words[0]
+        odd = [word for word in words if not isinstance(word, str)]
+        return odd[0] if odd else "+".join(word for word in words if word != "none") or "none"
     return list(map(joined, itertools.product(entry["regularizers"], *entry.get("arms", ()))))
 
 def _conditions(entry, measures, attack_first, what):
