@@ -283,7 +283,7 @@ VERDICTS = Table("verdict", [
 
 # %% ../nbs/instruments/vocabulary.ipynb #06b20b34
 AUGMENTATIONS = ("none", "flip", "crop-flip")
-DEPTHS = ("standard", "thorough")   # of measuring
+DEPTHS = ("standard", "thorough", "training")   # of measuring; the last is how it was trained and no more
 KEEPS = ("arrays", "samples", "scalars")   # what is published of a run: each without those before it
 _CHOICES = {"optimizer": ("sgd", "adamw"), "schedule": ("one-cycle", "cosine", "constant"),
             "augment": AUGMENTATIONS, "precision": ("float32", "bf16"), "compile": (False, True),

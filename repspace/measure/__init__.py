@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REGISTERED', 'register', 'costly', 'strong', 'sample_table', 'logit_arrays', 'head_arrays', 'plain', 'Measured',
-           'gathered', 'run', 'Budget', 'Context', 'Settings', 'settings', 'GROUPS', 'RECORDED', 'Values', 'measured',
-           'Attacked', 'Recorded', 'Seen', 'Vectors', 'from_record']
+           'gathered', 'run', 'Budget', 'Context', 'Settings', 'settings', 'GROUPS', 'RECORDED', 'TRAINING', 'Values',
+           'measured', 'Attacked', 'Recorded', 'Seen', 'Vectors', 'from_record']
 
 # %% ../../nbs/instruments/measure/index.ipynb #b150bd10
 import math
@@ -16,11 +16,11 @@ import pandas as pd
 
 from .. import vocabulary
 from .context import Budget, Context, Settings, settings
-from .groups import GROUPS, RECORDED, measured
+from .groups import GROUPS, RECORDED, TRAINING, measured
 from .seen import Attacked, Recorded, Seen, Vectors, from_record
 from .values import Values
 
-_all_ = ["Budget", "Context", "Settings", "settings", "GROUPS", "RECORDED", "Values", "measured",
+_all_ = ["Budget", "Context", "Settings", "settings", "GROUPS", "RECORDED", "TRAINING", "Values", "measured",
          "Attacked", "Recorded", "Seen", "Vectors", "from_record"]
 
 # %% ../../nbs/instruments/measure/index.ipynb #142a0a45
@@ -101,7 +101,7 @@ def gathered(classifier, untrained, dataset, regularizer, seed, settings, surrog
     from repspace.measure import gather
     dataset = gather.from_attack_first(dataset.to(classifier.head.weight.device), settings)
     seen = gather.look(classifier, dataset)
-    attacks = gather.attacked(classifier, dataset.test, seen, seed, settings)
+    attacks = {} if settings.attack_images == 0 else gather.attacked(classifier, dataset.test, seen, seed, settings)
     return seen, Context(regularizer.text, seed, settings, attacks, gather.look(untrained, dataset),
                          gather.look_renewed(classifier, dataset), classifier, dataset, surrogates or {},
                          np.roll(np.arange(len(seen.labels)), -settings.attack_first))
@@ -118,7 +118,8 @@ def run(classifier, untrained, dataset, regularizer, seed, settings, surrogates=
     from repspace.measure import gather
     with gather.searching(classifier.head.weight.device.type):
         seen, context = gathered(classifier, untrained, dataset, regularizer, seed, settings, surrogates)
-        values = measured(seen, context, (*GROUPS, strong, costly, *REGISTERED.values()))
+        all_groups = (*GROUPS, strong, costly, *REGISTERED.values())
+        values = measured(seen, context, TRAINING if settings.attack_images == 0 else all_groups)
     return Measured(plain(values.scalars), values.curves, sample_table(values.columns, len(seen.labels)),
                     logit_arrays(seen, context.untrained, context.attacks),
                     head_arrays(seen, context.untrained))

@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     grid: tuple                  # ascending; holds the reference
     steps: int                   # of PGD
     step_fraction: float         # each step of PGD as a share of the limit
-    attack_images: int | None    # so many test images are attacked, from attack_first on; None: all
+    attack_images: int | None    # so many test images are attacked, from attack_first on; None: all, 0: training is measured alone
     subset: int                  # the first so many of them are published
     directions: int              # drawn at random, for the degree of cone
     floor_draws: int             # of labels, for the floor of the calibration error
@@ -55,6 +55,7 @@ def settings(data, measures="standard", attack_first=0):
                       race=row.reference if row.race is None else row.race, attack_first=attack_first,
                       strong=row.strong and Budget(*row.strong))
     if measures == "standard": return chosen
+    if measures == "training": return chosen._replace(attack_images=0, strong=None)
     return chosen._replace(steps=20, step_fraction=1 / 4, thorough=Budget(chosen.subset), strong=None)
 
 # %% ../../nbs/instruments/measure/context.ipynb #b1bddbd8

@@ -6,7 +6,7 @@
 __all__ = ['log', 'HOME', 'MOST_BYTES', 'MOST_VALUES', 'MOST_SEEDS', 'MOST_RUNS', 'LARGEST_SEED', 'Study', 'study_file', 'read']
 
 # %% ../../nbs/instruments/study/definition.ipynb #60f0c28c
-import logging, math, re, reprlib
+import itertools, logging, math, re, reprlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -139,6 +139,11 @@ def _check_name(node, what):
         raise ValueError(f"{_line(node)}: YAML reads {text} in {what} as a mapping; write "
                          f'"{text.replace(": ", ":")}", in quotes and without the space')
 
+def _items(node):
+    """What stands in the list `node`, and in the lists in it."""
+    if not isinstance(node, yaml.SequenceNode): return []
+    return [one for item in node.value for one in (_items(item) if isinstance(item, yaml.SequenceNode) else [item])]
+
 def _check_names(root):
     """`_check_name` of all places in a study where names stand."""
     def entries(node, *wanted):
@@ -147,10 +152,8 @@ def _check_names(root):
     for what, node in entries(root, "study", "measures", "keep"): _check_name(node, what)
     for _, grid in entries(root, "grid"):
         for entry in _children(grid):
-            for _, node in entries(entry, "data"): _check_name(node, "data")
-            for what, node in entries(entry, "models", "regularizers"):
-                for item in node.value if isinstance(node, yaml.SequenceNode) else ():
-                    _check_name(item, what)
+            for what, node in entries(entry, "data", "models", "regularizers", "arms"):
+                for item in _items(node) if what != "data" or isinstance(node, yaml.SequenceNode) else [node]: _check_name(item, what)
 
 # %% ../../nbs/instruments/study/definition.ipynb #c1737f95
 def _content(text):
@@ -179,16 +182,29 @@ def _keys(content, allowed, needed, what):
 
 def _check_entry(entry, what):
     needed = ("data", "models", "regularizers", "recipe")
-    _keys(entry, (*needed, "feature_dim"), needed, what)
-    for name in ("models", "regularizers"):
-        if not isinstance(entry[name], list) or not entry[name]:
-            raise ValueError(f"{what}: {name} must be a list, but is {reprlib.repr(entry[name])}")
+    _keys(entry, (*needed, "feature_dim", "arms"), needed, what)
+    lists = {"data": _several(entry["data"]), "feature_dim": _several(entry.get("feature_dim")), "models": entry["models"],
+             "regularizers": entry["regularizers"], "arms": entry.get("arms", [[]])}
+    if isinstance(lists["arms"], list): lists |= {f"arms {i}": one for i, one in enumerate(entry.get("arms", ()), 1)}
+    for name, value in lists.items():
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{what}: {name} must be a list, but is {reprlib.repr(value)}")
+
+def _several(value):
+    """`value` as a list: of itself, where it is none."""
+    return value if isinstance(value, list) else [value]
+
+def _texts(entry):
+    """The regularizer texts of a checked `entry`: each of its regularizers with one of each of its arms."""
+    def joined(words):
+        return "+".join(w for w in words if w != "none") or "none" if all(isinstance(w, str) for w in words) else words[0]
+    return list(map(joined, itertools.product(entry["regularizers"], *entry.get("arms", ()))))
 
 def _conditions(entry, measures, attack_first, what):
     """The conditions that a checked `entry` of the grid stands for."""
-    try: return [Condition(entry["data"], model, regularizer, entry["recipe"],
-                           entry.get("feature_dim"), measures, attack_first)
-                 for model in entry["models"] for regularizer in entry["regularizers"]]
+    nets = itertools.product(_several(entry["data"]), entry["models"], _several(entry.get("feature_dim")))
+    try: return [Condition(data, model, regularizer, entry["recipe"], d, measures, attack_first)
+                 for data, model, d in nets for regularizer in _texts(entry)]
     except ValueError as error: raise ValueError(f"{what}: {error}") from error
 
 # %% ../../nbs/instruments/study/definition.ipynb #bf984f80
@@ -203,7 +219,10 @@ def _seeds(seeds):
                      f"different ones ([0, 1, 5]): up to {MOST_SEEDS} seeds, none above {LARGEST_SEED}")
 
 def _check_size(grid, seeds):
-    runs = len(seeds) * sum(len(entry["models"]) * len(entry["regularizers"]) for entry in grid)
+    def conditions(entry):
+        lists = (_several(entry["data"]), entry["models"], _several(entry.get("feature_dim")), entry["regularizers"])
+        return math.prod(map(len, (*lists, *entry.get("arms", ()))))
+    runs = len(seeds) * sum(map(conditions, grid))
     if runs > MOST_RUNS:
         raise ValueError(f"these are {runs} runs; allowed are up to {MOST_RUNS}: make it several studies")
 
