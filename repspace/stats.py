@@ -224,12 +224,13 @@ def correlation(x, y, weights=None):
     return r if r.ndim else float(r)
 
 # %% ../nbs/instruments/stats.ipynb #1ee864ce
-def partial_correlation(x, y, given):
-    """Correlation of `x` with `y`, both (N,), given a third quantity (N,), as a number.
+def partial_correlation(x, y, given, weights=None):
+    """Correlation of `x` with `y`, both (N,), given a third quantity (N,), a number; with `weights` (B, N) → (B,).
 
     NaN with fewer than 4 samples, without spread, or where `given` explains one of them alone.
     """
-    xy, xz, yz = correlation(x, y), correlation(x, given), correlation(y, given)
-    left = (1 - xz**2) * (1 - yz**2)
-    if len(np.asarray(x)) < 4 or not min(1 - xz**2, 1 - yz**2) > 1e-12: return float("nan")
-    return float(np.clip((xy - xz * yz) / np.sqrt(left), -1, 1))
+    xy, xz, yz = (np.asarray(correlation(*pair, weights)) for pair in ((x, y), (x, given), (y, given)))
+    left, right = 1 - xz**2, 1 - yz**2
+    known = (np.minimum(left, right) > 1e-12) & (len(np.asarray(x)) > 3)
+    r = np.where(known, np.clip((xy - xz * yz) / np.sqrt(np.where(known, left * right, 1)), -1, 1), np.nan)
+    return r if r.ndim else float(r)

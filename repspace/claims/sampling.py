@@ -50,6 +50,8 @@ def statistic(column, run, rows, counts, reference=None):
         return _mean(x, counts) * (run[column] / np.mean(x) if column in _proportional else 1)
     if column in ("ece", "ece_excess") and "confidence" in rows:
         return calibration.binned_error(rows["confidence"], _right(rows), weights=counts)
+    if column == "toward_partial":
+        return stats.partial_correlation(*(rows[name] for name in ("cos_label_span", "toward_span_pgd", "toward_head")), counts)
     name, _, attack = column.rpartition("_")
     if name == "success" and f"breaks_{attack}" in rows and reference is not None:
         return _success(rows[f"breaks_{attack}"].to_numpy(), reference, counts)
@@ -81,7 +83,7 @@ def _places(rows, data, seed):
     return places[image] if known else None
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #fd9ae3f6
-_of_attacks = ("success_", "toward_r")
+_of_attacks = ("success_", "toward_r", "toward_partial")
 
 def _attacked(run):
     limit = (run["settings"] or {}).get("attack_images")
@@ -146,8 +148,10 @@ def _rows_of(draws, column, condition, seed):
     """The rows of a run that `column` is over."""
     rows = draws.rows.get((condition, seed), draws.nothing)
     if column.startswith(_of_attacks):
-        attack = f"toward_{column.rpartition('_')[2]}"
-        return rows[rows[attack].notna()] if attack in rows else draws.nothing
+        needed = "toward_head" if column == "toward_partial" else f"toward_{column.rpartition('_')[2]}"
+        if needed not in rows: return draws.nothing
+        known = rows[rows[needed].notna()]
+        return known[known["label"] == known["prediction"]] if column == "toward_partial" else known
     if column not in (*_unbiased, *_not_at_the_origin) or not getattr(draws.recorded, "folders", None): return rows
     arrays = draws.recorded.arrays(condition, seed)
     bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
