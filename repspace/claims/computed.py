@@ -9,7 +9,7 @@ __all__ = ['floor', 'degree_at_scale', 'race', 'reasons', 'part', 'starts_withou
 # %% ../../nbs/instruments/claims/computed.ipynb #9b9c5ddd
 import pandas as pd
 
-from .. import interventions
+from .. import interventions, records
 from ..vocabulary import DATA
 
 # %% ../../nbs/instruments/claims/computed.ipynb #ffa77f3f
@@ -31,7 +31,7 @@ def reasons(pair):
     if "reasons" not in pair.kept:
         attack, conditions = race(pair), [side["condition"].iloc[0] for side in (pair.partner, pair.runs)]
         try: pair.kept["reasons"] = interventions.robustness_by_seed(pair.recorded, *conditions, attack)
-        except ValueError as error: raise KeyError("arrays") from error
+        except records.NotKept as error: raise KeyError("arrays") from error
     return pair.kept["reasons"].astype(float)
 
 def part(name):
@@ -52,7 +52,7 @@ def starts_without_bias(pair):
 def _arrays(pair):
     """The arrays of the pair's first run; `KeyError` where none are kept."""
     try: return pair.recorded.arrays(pair.runs["condition"].iloc[0], pair.runs.index[0])
-    except ValueError as error: raise KeyError("arrays") from error
+    except records.NotKept as error: raise KeyError("arrays") from error
 
 def two_classes(pair):
     """With two classes the span is a line, and there is no direction but toward the origin or away."""

@@ -153,7 +153,8 @@ def _rows_of(draws, column, condition, seed):
         known = rows[rows[needed].notna()]
         return known[known["label"] == known["prediction"]] if column == "toward_partial" else known
     if column not in (*_unbiased, *_not_at_the_origin) or not getattr(draws.recorded, "folders", None): return rows
-    arrays = draws.recorded.arrays(condition, seed)
+    try: arrays = draws.recorded.arrays(condition, seed)
+    except records.NotKept: return draws.nothing
     bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
     if column in _not_at_the_origin:
         at_the_origin = (rows["prediction"] == bias.argmax()) & bool(np.ptp(bias))

@@ -66,9 +66,10 @@ def random_cones(seen, context):
     return Values(scalars)
 
 def untrained_cones(seen, context):
-    """`cones` and `random_cones` of the net before training: `untrained_…`."""
+    """`cones` and `random_cones` of the net before training, and the norm of its biases about their mean: `untrained_…`."""
     before = context.untrained
     scalars = cones(before, context).scalars | random_cones(before, context).scalars
+    scalars |= {"bias_norm": np.linalg.norm(before.bias - before.bias.mean())}
     return Values({f"untrained_{name}": value for name, value in scalars.items()})
 
 # %% ../../nbs/instruments/measure/regions.ipynb #15cadf58
