@@ -287,7 +287,7 @@ def register(name, load, *, words=None, **row):
         raise ValueError(f"data {name!r} has " + (f"unknown fields {wrong}" if wrong else f"no {sorted(missing)}")
                          + f": allowed are {', '.join(fields)}")
     grid = tuple(row["grid"])
-    named = [row["reference"]] + [row["race"]] * (row.get("race") is not None)
+    named = [limit for limit in (row["reference"], row.get("race")) if limit is not None]
     if not grid or list(grid) != sorted(set(grid)) or grid[0] <= 0 or not set(named) <= set(grid):
         raise ValueError(f"data {name!r}: grid must be growing numbers above 0, reference and race of them, but "
                          f"they are {grid} and {named}")
