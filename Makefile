@@ -70,7 +70,7 @@ book: $(BOOK)
 	@$(MODULES) $(RUN) book/build.py --study digits --study digits-2d "$$@"
 
 test: $(TEST)
-	@$(RUN) -m pytest -n auto --maxprocesses=4 --dist loadfile $(if $(DEEP),-m deep)
+	@$(RUN) -m pytest -n auto --maxprocesses=4 --dist loadgroup $(if $(DEEP),-m deep)
 
 study: $(BOOK)
 	@$(MODULES) $(RUN) -m repspace.study --notebooks="_build/lab/$$STUDY" --on="$$ON" \

@@ -20,7 +20,7 @@ SURVIVE = 0.5, 0.1
 def victim(train_images, device):
     """A resnet8 after four epochs, and for each of `SURVIVE` an ε that such a share of the right images survives."""
     dataset, _ = images()
-    recipe = train.Recipe(epochs=4, batch_size=64, lr=0.1, augment="flip", train_images=train_images, precision="bf16")
+    recipe = train.Recipe(epochs=4, batch_size=64, lr=0.1, augment="flip", train_images=train_images)
     net = train.new_classifier("resnet8", dataset, recipe, seed=0).to(device)
     train.fit(net, dataset, recipe, regularize.get("none"), seed=0)
     x, y = targets(100, device)

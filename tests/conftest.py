@@ -22,6 +22,15 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="the number of its first input")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share a costly fixture stay in one process; the others go wherever a core is free."""
+    for item in items:
+        fixtures = [defs[-1] for defs in item._fixtureinfo.name2fixturedefs.values()]
+        if any(fixture.baseid and fixture.scope in ("module", "session") for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture
 def fuzz(request):
     """How long a campaign lasts (`seconds`, 0: as it likes), and where it begins (`seed`)."""
