@@ -662,3 +662,8 @@ def test_a_study_that_measures_training_alone_attacks_nothing(place):
     study.run(define(place, measures="training", seeds=1), runs=place / "runs", workers=1)
     runs = records.load("tiny", "fresh", place / "runs").runs
     assert {"train_loss", "train_accuracy", "accuracy"} <= set(runs) and not [name for name in runs if "pgd" in name or "cone" in name]
+
+
+def test_rows_that_are_kept_without_arrays_hold_what_claims_read():
+    from repspace.records.published import ROWS
+    assert set(claims.columns()[1]) | {"image", "label", "prediction", "subset"} <= set(ROWS)

@@ -97,11 +97,13 @@ def published_logits(logits):
     """A record's `logits` (the subset's rows) as they are published: {name or name:part: array}."""
     clean, out = logits.get("clean"), {}
     back = None if clean is None else _decode(packed(clean), None)
+    along = tuple(f"{name.partition('@')[0]}" for name in logits if "@" in name)   # "moved.pgd"
     for name, a in logits.items():
         if a.dtype.kind != "f":
             smallest = a.dtype if a.dtype.kind == "b" else np.min_scalar_type(a.max(initial=0))
             out[name] = a.astype(smallest)
         elif name.startswith("moved."):
+            if along and not name.startswith(along): continue
             a = a[:min(MOVED_ROWS, max(1, MOVED_VALUES // max(1, a.shape[1])))]
             parts = packed(a, clean[:len(a)], back[:len(a)]) if back is not None else packed(a)
             out |= {f"{name}:{part}": x for part, x in parts.items()}
