@@ -22,8 +22,9 @@ def degree_at_scale(pair):
 # %% ../../nbs/instruments/claims/computed.ipynb #a4758ea5
 def race(pair):
     """The attack whose moved logits are taken: "pgd@23" at the race limit, "pgd" where that is the reference."""
-    settings = pair.runs["settings"].iloc[0] if "settings" in pair.runs and len(pair.runs) else None
-    if not (settings or {}).get("race"): raise KeyError("race")
+    known = [settings for settings in pair.runs.get("settings", ()) if (settings or {}).get("race")]   # older records have none
+    if not known: raise KeyError("race")
+    settings = known[-1]
     return "pgd" if settings["race"] == settings["reference"] else f"pgd@{settings['race']:g}"
 
 def reasons(pair):
@@ -32,6 +33,7 @@ def reasons(pair):
         attack, conditions = race(pair), [side["condition"].iloc[0] for side in (pair.partner, pair.runs)]
         try: pair.kept["reasons"] = interventions.robustness_by_seed(pair.recorded, *conditions, attack)
         except records.NotKept as error: raise KeyError("arrays") from error
+    if pair.kept["reasons"].empty: raise KeyError(race(pair))
     return pair.kept["reasons"].astype(float)
 
 def part(name):

@@ -116,12 +116,14 @@ def _attack_of(recorded, condition, run):
 def robustness_by_seed(recorded, plain, regularized, attack=None):
     """`why_robust` of each seed that two conditions share: a DataFrame, a row per seed.
 
-    `recorded`: a Records or the name of a study. `attack` None: `race_attack` of the plain runs.
+    `recorded`: a Records or the name of a study. `attack` None: `race_attack` of the plain runs. Seeds whose
+    records have no such attack, as older ones among newer, are left out.
     """
     recorded, rows = loaded(recorded), {}
     for seed in common_seeds(recorded, plain, regularized):
         runs = [attacked_run(recorded, name, seed) for name in (plain, regularized)]
-        rows[seed] = why_robust(*runs, attack or _attack_of(recorded, plain, runs[0]))
+        name = attack or _attack_of(recorded, plain, runs[0])
+        if all(name in run.moved for run in runs): rows[seed] = why_robust(*runs, name)
     return pd.DataFrame(rows.values(), pd.Index(rows, name="seed"), WhyRobust._fields)
 
 # %% ../../nbs/instruments/interventions/robustness.ipynb #ea74871c
