@@ -104,11 +104,11 @@ def training(model, recipe, peers, target, repeats, device="cpu", thread_counts=
                           ceiling_share=achieved / ceiling)
 
 
-def on_cpu(train_images=1024, epochs=3, repeats=2, thread_counts=(None, 1)):
+def on_cpu(train_images=1024, epochs=3, repeats=2, thread_counts=(None, 1), n=2048):
     """resnet8 in bf16 and channels_last, against float32."""
     recipe = train.Recipe(epochs, 128, lr=0.1, augment="crop-flip", train_images=train_images, precision="bf16")
     peers = {f"DataLoader ({n} workers), v2, float32": (n, False) for n in (0, 2)}
-    yield from training("resnet8", recipe, peers, 1.5, repeats, "cpu", thread_counts)
+    yield from training("resnet8", recipe, peers, 1.5, repeats, "cpu", thread_counts, n)
 
 
 def on_gpu(train_images=25_600, epochs=2, repeats=2):

@@ -63,7 +63,7 @@ def test_batches_agree_with_torchvision():
 
 
 def test_training_starts_alike_and_sets_threads_back():
-    rows = rows_of(training.on_cpu, train_images=128, epochs=1, repeats=1, thread_counts=(1,))
+    rows = rows_of(training.on_cpu, train_images=64, epochs=1, repeats=1, thread_counts=(1,), n=256)
     assert torch.get_num_threads() == 1 and 0 < rows[0]["ceiling_share"]
     assert rows[0]["flops_per_image"] == pytest.approx(3 * 2 * 40e6, rel=.5)  # forward and twice that backward
 
