@@ -65,6 +65,11 @@ def _band(ax, x, curves, color, least=-np.inf, most=np.inf):
     return mean
 
 # %% ../../nbs/instruments/figures/index.ipynb #342368d3
+def _at_common_limits(curves, value):
+    """The limits that all `curves` have, ascending, and `value` of each there (n, limits): older records have others."""
+    eps = sorted(set.intersection(*(set(curve["eps"]) for curve in curves)))
+    return eps, np.array([[curve[value][curve["eps"].index(e)] for e in eps] for curve in curves])
+
 @theme()
 def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
     """Mean and 95 % band over seeds of "success" or "robust_accuracy" against eps in /255, by model.
@@ -79,8 +84,7 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
         for text in ordered(runs["regularizer"]):
             group = runs[(runs["model"] == model) & (runs["regularizer"] == text)]
             if group.empty: continue
-            eps = group["curves"].iloc[0][attack]["eps"]
-            curves = np.array([curve[attack][value] for curve in group["curves"]])
+            eps, curves = _at_common_limits([curve[attack] for curve in group["curves"]], value)
             mean = _band(ax, eps, curves, regularizer_style(text)["color"], 0, 1)
             ax.plot(eps, mean, ls="", markersize=4, mec="none", **regularizer_style(text))
             at = np.interp(reference, eps, mean) if reference else mean[-1]
