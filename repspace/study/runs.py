@@ -6,7 +6,7 @@
 __all__ = ['log', 'missing_seeds', 'why', 'note_failed', 'check_writable', 'run_condition']
 
 # %% ../../nbs/instruments/study/runs.ipynb #f2156337
-import errno, importlib.metadata, logging, os, sys, tempfile, time, traceback
+import errno, logging, os, sys, tempfile, time, traceback
 from pathlib import Path
 
 import pandas as pd

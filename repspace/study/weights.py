@@ -14,7 +14,7 @@ from .. import records
 from .condition import check_fits, run_settings
 from .locks import held
 from .origin import circumstances, code_key, provenance
-from ..vocabulary import Recipe, data_row, parts
+from ..vocabulary import Recipe, data_row
 
 # %% ../../nbs/instruments/study/weights.ipynb #cfbb1a95
 def weights_path(condition, seed, runs=None):
