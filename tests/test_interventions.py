@@ -427,6 +427,25 @@ def test_the_race_limit_comes_from_the_settings(tmp_path, monkeypatch):
         interventions.explain_robustness("race", "plain", "reg")
 
 
+@pytest.mark.parametrize("newer", [[0], [1], [0, 1, 2], []])
+def test_older_records_beside_newer_ones_are_left_out(tmp_path, monkeypatch, newer):
+    """Older records name no race limit and have no moved logits at it, whichever seeds they are."""
+    for condition, push in (("plain", 1.0), ("reg", 0.5)):
+        for seed in range(3):
+            run = trained(seed, push=push)
+            moved = {"moved.pgd": run.moved["a"]} | ({"moved.pgd@23": run.moved["a"][:60]} if seed in newer else {})
+            content = {"study": "mixed", "condition": condition, "seed": seed, "scalars": {"radius": 2.0}, "model": "net",
+                       "identity": f"{condition}{seed}", "regularizer": "none",
+                       "settings": {"reference": 16} | ({"race": 23} if seed in newer else {})}
+            samples = pd.DataFrame({"image": np.arange(300), "label": run.labels, "subset": True})
+            records.write(tmp_path / "runs" / "mixed" / condition / str(seed), content, samples,
+                          {"labels": run.labels, "clean": run.logits, **moved}, {"weight": run.weight, "bias": run.bias})
+    monkeypatch.setenv("REPSPACE_RUNS", str(tmp_path / "runs"))
+    found = interventions.robustness_by_seed("mixed", "plain", "reg")
+    assert list(found.index) == (newer or [0, 1, 2]) and (found["images"] > 60).all() == (not newer)
+    if len(newer) != 1: assert len(interventions.explain_robustness("mixed", "plain", "reg"))
+
+
 def test_one_seed_has_means_but_neither_shares_nor_null(study):
     recorded = records.load(study)
     recorded = recorded._replace(runs=recorded.runs[recorded.runs["seed"] == 3])

@@ -107,10 +107,11 @@ def race_attack(settings, attacks):
     return names[0]
 
 
-def _attack_of(recorded, condition, run):
-    "The attack of `race_attack` for a condition's runs."
-    settings = recorded.runs.loc[recorded.runs["condition"] == condition, "settings"].iloc[0]
-    return race_attack(settings, run.moved)
+def _attack_of(recorded, condition, runs):
+    "The attack of `race_attack` for a condition's `runs`, of which older ones may neither name the limit nor have it."
+    settings = recorded.runs.loc[recorded.runs["condition"] == condition, "settings"]
+    named = next((each for each in settings if "race" in each), {})
+    return race_attack(named, sorted({name for run in runs for name in run.moved}))
 
 
 def robustness_by_seed(recorded, plain, regularized, attack=None):
@@ -119,11 +120,11 @@ def robustness_by_seed(recorded, plain, regularized, attack=None):
     `recorded`: a Records or the name of a study. `attack` None: `race_attack` of the plain runs. Seeds whose
     records have no such attack, as older ones among newer, are left out.
     """
-    recorded, rows = loaded(recorded), {}
-    for seed in common_seeds(recorded, plain, regularized):
-        runs = [attacked_run(recorded, name, seed) for name in (plain, regularized)]
-        name = attack or _attack_of(recorded, plain, runs[0])
-        if all(name in run.moved for run in runs): rows[seed] = why_robust(*runs, name)
+    recorded = loaded(recorded)
+    pairs = {seed: [attacked_run(recorded, name, seed) for name in (plain, regularized)]
+             for seed in common_seeds(recorded, plain, regularized)}
+    name = attack or _attack_of(recorded, plain, [one for one, _ in pairs.values()])
+    rows = {seed: why_robust(*pair, name) for seed, pair in pairs.items() if all(name in run.moved for run in pair)}
     return pd.DataFrame(rows.values(), pd.Index(rows, name="seed"), WhyRobust._fields)
 
 # %% ../../nbs/instruments/interventions/robustness.ipynb #ea74871c
@@ -138,7 +139,7 @@ def explain_robustness(recorded, plain, regularized, attack=None, level=0.95):
     if values.empty:
         raise ValueError(f"{plain} and {regularized} have fewer than {FEWEST} images right in both, at every seed")
     runs = {seed: attacked_run(recorded, plain, seed) for seed in values.index}
-    name = attack or _attack_of(recorded, plain, next(iter(runs.values())))
+    name = attack or _attack_of(recorded, plain, runs.values())
     pairs = plain_pairs(runs, name, why_robust).reindex(columns=list(values)).astype(float)
     parts = [*PARTS, "race_margin", "race_displacement"]
     return stats.over_seeds(values, parts, level).assign(spread=np.sqrt((pairs**2).mean()))
