@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 from ..claims import families
-from ..claims.tables import counted, headline, of_claim
+from ..claims.sentences import net_words, sentences
+from ..claims.tables import headline, of_claim
 from .canvas import (Figure, full, ink, label_of, regularizer_label, regularizer_legend, subplots, theme, verdict_key,
                                      wrapped)
-from ..vocabulary import VERDICTS, listed, ordered, regularizer_style, units
+from ..vocabulary import VERDICTS, capital, listed, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #33b02cb0
 def _effect_line(ax, row, y):
@@ -56,32 +57,30 @@ def _of_regularizers(claim, rows):
 
 @theme()
 def effects(ledger, claim_id, caption=None):
-    """Forest plot of a claim's rows, by model: effect, interval, seeds; band and verdict of its primary measure."""
+    """Forest plot of a claim's rows, by net: effect, interval, seeds; band and verdict of its primary measure."""
     rows = _of_regularizers(*of_claim(ledger, claim_id))
-    models = sorted(set(rows["model"]))
+    rows = rows.assign(net=[net_words(row) for row in rows.itertuples()])
+    nets = list(dict.fromkeys(rows["net"]))
     shared = ["unit", "low_bound", "high_bound", "claimed"]
     of_axis = [of_one for _, of_one in rows.groupby(shared, sort=False, dropna=False)]
-    labels = [of_one.groupby(["label", "model"], sort=False).size().groupby("label", sort=False).max()
+    labels = [of_one.groupby(["label", "net"], sort=False).size().groupby("label", sort=False).max()
               .to_dict() for of_one in of_axis]
     heights = [0.17 * sum(n + 0.9 for n in lines.values()) for lines in labels]
-    fig, axes = subplots(len(of_axis), len(models), (full, sum(heights) + 0.62 * len(of_axis) + 0.5),
+    fig, axes = subplots(len(of_axis), len(nets), (full, sum(heights) + 0.62 * len(of_axis) + 0.5),
                          height_ratios=heights, sharey="row", sharex="row")
     for i, (of_one, lines) in enumerate(zip(of_axis, labels)):
-        for ax, model in zip(axes[i], models):
-            chosen = of_one[of_one["model"] == model]
+        for ax, net in zip(axes[i], nets):
+            chosen = of_one[of_one["net"] == net]
             if chosen.empty: ax.set_axis_off()
             else: _effect_panel(ax, chosen, lines)
-    for ax, model in zip(axes[0], models): ax.set_title(label_of(model))
+    for ax, net in zip(axes[0], nets): ax.set_title(wrapped(net, 24))
     regularizer_legend(fig, rows["regularizer"])
     fig.supxlabel(verdict_key(rows["verdict"]), fontsize=8)
-    judged = rows[rows["verdict"] != ""]
-    caption = caption or (f"{len(judged)} verdicts: {counted(judged['verdict'])}. Points are seeds, lines their intervals, those with a "
-                          "verdict corrected together; the band is between the two bounds: no effect that matters or, "
-                          "where a claim is of equality, what is claimed. Measures without a band are shown, not judged.")
-    by_measure = "; ".join(f"{label}: {counted(of_label['verdict'])}"
-                           for label, of_label in judged.groupby("label", sort=False))
-    alt = f"Forest plot of the claim {claim_id} on {', '.join(map(label_of, models))}. {by_measure}."
-    return Figure(fig, caption, alt)
+    found = " ".join(capital(sentence.text) for sentence in sentences(claim_id, rows))
+    return Figure(fig, caption or f"{found} {_reading}".strip(), f"Forest plot of {claim_id}. {found or 'Arms only.'}")
+
+_reading = ("Points are seeds, lines intervals, corrected together; the band is between the bounds: no effect that matters or, where "
+            "things are claimed to be equal, what is claimed.")
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #802724c1
 def _cell(ax, x, y, verdicts):
@@ -134,10 +133,11 @@ def scorecard(ledger, caption=None):
     return Figure(fig, caption or _scorecard_caption(ledger), _scorecard_alt(ledger))
 
 def _scorecard_caption(ledger):
-    return "; ".join(f"{label_of(study)} ({listed(dict.fromkeys(rows['status']))}): {len(rows)} verdicts, {counted(rows['verdict'])}"
-                     for study, rows in ledger.groupby("study", sort=False)) + "."
+    nets = "; ".join(f"{label_of(study)} ({listed(dict.fromkeys(rows['status']))})" for study, rows in ledger.groupby("study", sort=False))
+    return f"The verdict of each claim on each net with each regularizer. {nets}."
 
 def _scorecard_alt(ledger):
-    by_claim = "; ".join(f"{label_of(study)}, {claim}: {counted(verdicts)}" for (study, claim), verdicts
-                         in ledger.groupby(["study", "claim"], sort=False)["verdict"])
-    return f"Grid of verdicts by claim and condition. {by_claim}."
+    cells = ledger.groupby(["study", "model", "claim", "verdict"], sort=False)["regularizer"].agg(lambda of: listed(map(label_of, of)))
+    words = "; ".join(f"{label_of(study)}, {label_of(model)}, {claim}: {verdict} with {texts}"
+                      for (study, model, claim, verdict), texts in cells.items())
+    return f"Grid of verdicts by claim and condition. {words}."
