@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,14 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     assert sorted(exported) == sorted(committed), "a module without a notebook, or a notebook without its module"
     stale = [n for n in exported if exported[n] != committed[n]]
     assert not stale, f"not what the notebooks export: {stale}. Run: make export"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_no_heading_skips_a_level(path):
+    """The site is rendered without warnings, and this is one; here it is found in no time."""
+    text = re.sub(r"^```.*?^```", "", "\n\n".join(cells(path, "markdown")), flags=re.M | re.S)
+    levels = [0, *map(len, re.findall(r"^(#+) ", text, re.M))]
+    assert levels[1] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
