@@ -6,7 +6,7 @@
 __all__ = ['speaking', 'evidence', 'who', 'net_words', 'where', 'size', 'told', 'clause', 'Sentence', 'sentences', 'opening',
            'overview']
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #2737109d
+# %% ../../nbs/instruments/claims/sentences.ipynb #7d1e7dc0
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,7 +15,7 @@ from .statements import CLAIMS, Said, get, paired_kinds
 from .tables import Markdown, claimed_by, headline, joined, markdown_table, of_claim
 from ..vocabulary import MODELS, REGULARIZERS, VERDICTS, data_words, listed, number, ordered, units
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #4e17ed12
+# %% ../../nbs/instruments/claims/sentences.ipynb #b6ab14bb
 _of_net = ["data", "model", "feature_dim"]
 
 def speaking(ledger):
@@ -32,7 +32,7 @@ def evidence(ledger):
     """Those of the `speaking` rows that have the claims' own verdicts: `headline` rows."""
     return headline(speaking(ledger))
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #86cc6634
+# %% ../../nbs/instruments/claims/sentences.ipynb #0205e0a1
 _soft = [name for name, row in REGULARIZERS.items() if row.role == "soft" and not row.source]
 
 def _names(texts):
@@ -60,7 +60,7 @@ def where(row):
     """`net_words`, and whether the row is exploratory."""
     return net_words(row) + ("" if row.status == "confirmatory" else " (exploratory)")
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #4dc9dbcb
+# %% ../../nbs/instruments/claims/sentences.ipynb #cce1614b
 def _range(ends, suffix=""):
     """Two numbers in words, which may be the same, with their unit once."""
     low, high = ends
@@ -78,7 +78,7 @@ def size(said, rows, signed=False, absolute=False, interval=True):
     effect, *ends = values.iloc[0]
     return f"{text(effect)} [{', '.join(text(end).removesuffix(suffix) for end in sorted(ends))}]"
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #ddf38217
+# %% ../../nbs/instruments/claims/sentences.ipynb #acb94b54
 def told(claim):
     """How the effects of a claim are told: as it says itself, or by its measure's name."""
     label = claim.primary.label
@@ -105,7 +105,7 @@ def _beside(rows):
                      for values in (rows["before"], rows["after"]))
     return f" (signed {words} {before} before, {after} after)"
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #c6e8d334
+# %% ../../nbs/instruments/claims/sentences.ipynb #6f2e0c25
 def _by_verdict(rows):
     """The rows of one net by verdict, those that decide first."""
     order = ["supported", "contradicted", "in between", "none", "open", "not applicable"]
@@ -136,7 +136,7 @@ def _sentence(claim, nets):
     places, rows = listed(where(next(net.itertuples())) for net in nets), pd.concat(nets)
     return Sentence(places, "; ".join(clause(claim, of, nets[0]["regularizer"]) for of in _by_verdict(rows)))
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #eafab45c
+# %% ../../nbs/instruments/claims/sentences.ipynb #7a88e14a
 def opening(claim_id, ledger):
     """A claim's sentence, how it came out, and by which measure, as `Markdown`; `ValueError` without rows of it."""
     claim, rows = of_claim(ledger, claim_id)
@@ -145,7 +145,7 @@ def opening(claim_id, ledger):
     measure = Markdown("*Judged by*: {}; claimed is {}. {}", claim.primary.label, claimed_by(claim.primary), claim.primary.reason)
     return joined([sentence, "", *came_out, "", measure])
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #308f9287
+# %% ../../nbs/instruments/claims/sentences.ipynb #6a7eefbe
 def _cell(claim, rows, link):
     """The verdicts of a claim on one net, each with its regularizers and effects; a link."""
     if rows.empty: return "–"

@@ -82,6 +82,9 @@ def _effect_cell(row):
     return joined(parts, "<br>")
 
 # %% ../../nbs/instruments/claims/tables.ipynb #44375e44
+def _chapter_link(claim, folder):
+    return Markdown("[{}]({folder}/{chapter}.ipynb#{})", claim.id, claim.id, folder=Markdown(folder), chapter=claim.chapter)
+
 def _title(row, lab):
     words = regularizer_words(row.regularizer)
     if not lab: return words
