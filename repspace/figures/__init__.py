@@ -6,7 +6,8 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard']
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'curves',
+           'fits', 'look', 'look_of', 'parts']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -15,10 +16,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from .. import calibration, claims, records, stats
+from .. import calibration, claims, records
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
+from .curves import band, curves, look, look_of
+from .fits import fits
+from .parts import parts
 from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, scorecard
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
@@ -26,7 +30,7 @@ from ..vocabulary import (attack_words, capital, number, ordered, regularizer_st
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "effects", "scorecard"]
+         "plane_regions", "planes", "effects", "scorecard", "curves", "fits", "look", "look_of", "parts"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
@@ -54,16 +58,6 @@ def paired_lines(runs, column, label=None, caption=None):
     finding = f"{capital(label or column)}, plain → regularized, mean over seeds. {by_model(shown)}"
     return Figure(fig, caption or f"{finding} A line is a seed.", finding)
 
-# %% ../../nbs/instruments/figures/index.ipynb #bdf4836a
-def _band(ax, x, curves, color, least=-np.inf, most=np.inf):
-    """Draw the mean of `curves` (seeds, n) and its 95 % interval; returns the mean (n,)."""
-    intervals = [stats.mean_interval(values) for values in np.asarray(curves, float).T]
-    mean, low, high = np.transpose(intervals)
-    ax.plot(x, mean, color=color)
-    if np.isfinite(low).all():
-        ax.fill_between(x, low.clip(least, most), high.clip(least, most), color=color, alpha=0.15, lw=0)
-    return mean
-
 # %% ../../nbs/instruments/figures/index.ipynb #342368d3
 def _at_common_limits(curves, value):
     """The limits that all `curves` have, ascending, and `value` of each there (n, limits): older records have others."""
@@ -85,7 +79,7 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
             group = runs[(runs["model"] == model) & (runs["regularizer"] == text)]
             if group.empty: continue
             eps, curves = _at_common_limits([curve[attack] for curve in group["curves"]], value)
-            mean = _band(ax, eps, curves, regularizer_style(text)["color"], 0, 1)
+            mean = band(ax, eps, curves, regularizer_style(text)["color"], 0, 1)
             ax.plot(eps, mean, ls="", markersize=4, mec="none", **regularizer_style(text))
             at = np.interp(reference, eps, mean) if reference else mean[-1]
             shown.append((model, text, f"{100 * at:.0f} %"))
@@ -114,7 +108,7 @@ def training(runs, column, label=None, target=None, caption=None):
             if group.empty: continue
             look = regularizer_style(text)
             curves = np.array([history[column] for history in group["history"]])
-            mean = _band(ax, np.arange(1, curves.shape[1] + 1), curves, look["color"])
+            mean = band(ax, np.arange(1, curves.shape[1] + 1), curves, look["color"])
             ax.plot(len(mean), mean[-1], mec="none", markersize=4, clip_on=False, **look)
             shown.append((model, text, f"{mean[-1]:.3g}"))
             if target and group[target].notna().any():

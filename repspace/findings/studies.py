@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'version', 'made_at', 'makers', 'made_by', 'one_below_the_other', 'Judged', 'Studies', 'judged', 'rows',
-           'overview', 'scope', 'registered', 'limits', 'attacks', 'attack_success']
+           'overview', 'scope', 'registered', 'limits', 'steps', 'attack_success']
 
 # %% ../../nbs/instruments/findings/studies.ipynb #350cfd07
 import logging
@@ -69,6 +69,11 @@ class Judged:
 
     @cached_property
     def _rows(self): return {}
+
+    @cached_property
+    def kept(self):
+        """What chapters have computed from the records once, by their own keys."""
+        return {}
 
     def rows(self, claim_id):
         """The rows of the ledger on one claim; empty where the records do not tell."""
@@ -213,7 +218,7 @@ def _of_pgd(settings):
     of = f"the first {images:,} test images" if images else "all test images"
     return f"PGD in {settings['steps']} steps of {settings['step_fraction']:g} of the limit, on {of}"
 
-def attacks(studies):
+def steps(studies):
     """How PGD stepped and how many images were attacked in each study, as `Markdown`."""
     words = {study.name: dict.fromkeys(_of_pgd(s) for s in study.runs["settings"] if "steps" in s)
              for study in studies}
