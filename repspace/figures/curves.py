@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band', 'look', 'look_of', 'curves']
 
-# %% ../../nbs/instruments/figures/curves.ipynb #b2a90733
+# %% ../../nbs/instruments/figures/curves.ipynb #763c07c9
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -13,7 +13,7 @@ from .. import stats
 from .canvas import Figure, full, label_of, legend, regularizer_label, subplots, theme, wrapped
 from ..vocabulary import regularizer_style
 
-# %% ../../nbs/instruments/figures/curves.ipynb #ed0e4867
+# %% ../../nbs/instruments/figures/curves.ipynb #f13e01b5
 def band(ax, x, curves, color, least=-np.inf, most=np.inf, **line):
     """Draw the mean of `curves` (seeds, n) and its 95 % interval; returns the mean (n,)."""
     intervals = [stats.mean_interval(values) for values in np.asarray(curves, float).T]
@@ -23,7 +23,7 @@ def band(ax, x, curves, color, least=-np.inf, most=np.inf, **line):
         ax.fill_between(x, low.clip(least, most), high.clip(least, most), color=color, alpha=0.15, lw=0)
     return mean
 
-# %% ../../nbs/instruments/figures/curves.ipynb #4ad1e401
+# %% ../../nbs/instruments/figures/curves.ipynb #aa80d793
 def look(label, color, marker="o", ls="-"):
     """How a line is drawn, a dict."""
     return dict(label=label, color=color, marker=marker, ls=ls)
@@ -38,7 +38,7 @@ def _line(ax, table, column, look):
     known = [(x, *stats.mean_interval(of)) for x, of in of_x if len(of)]
     if not known: return
     x, mean, low, high = np.transpose(known)
-    if np.isfinite(low + high).all(): ax.fill_between(x, low, high, color=look["color"], alpha=0.13, lw=0)
+    if np.isfinite([low, high]).all(): ax.fill_between(x, low, high, color=look["color"], alpha=0.13, lw=0)
     ax.plot(x, mean, mec="none", markersize=4, **{key: look[key] for key in ("color", "marker", "ls")})
 
 def _ticks(ax, x, xlabel):
@@ -48,7 +48,7 @@ def _ticks(ax, x, xlabel):
     ax.minorticks_off()
     ax.set_xlabel(xlabel)
 
-# %% ../../nbs/instruments/figures/curves.ipynb #4d66e1c9
+# %% ../../nbs/instruments/figures/curves.ipynb #395e67d5
 @theme()
 def curves(table, quantities, looks, xlabel, caption, levels=None):
     """Curves of `table` (columns net, line, x and those of `quantities`, a row per seed), a row of panels per quantity.

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['fits']
 
-# %% ../../nbs/instruments/figures/fits.ipynb #c2f7d3d4
+# %% ../../nbs/instruments/figures/fits.ipynb #4e93c287
 import numpy as np
 
 from .canvas import Figure, full, ink, regularizer_legend, subplots, theme, wrapped
 from ..vocabulary import ordered, regularizer_style
 
-# %% ../../nbs/instruments/figures/fits.ipynb #ba0c36f4
+# %% ../../nbs/instruments/figures/fits.ipynb #33cb2938
 @theme()
 def fits(table, label, caption):
     """Measured against explained: `table` has columns net, explanation, regularizer, explained and measured, a row per run."""
+    table = table.reset_index(drop=True)
     nets, rows = (list(dict.fromkeys(table[column])) for column in ("net", "explanation"))
     first = table["regularizer"].str.partition("+")[0].str.partition(":")[0]
     fig, axes = subplots(len(rows), len(nets), (full if len(nets) > 1 else 4.6, 2.1 * len(rows) + 0.7), sharex="col", sharey="col")

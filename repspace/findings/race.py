@@ -8,7 +8,7 @@ __all__ = ['RELATIONS', 'FOUR', 'TWO', 'PLAIN_PAIRS', 'EXPLANATIONS', 'FEWEST', 
            'explained_sentences', 'head', 'race', 'explains', 'head_figure', 'race_figure', 'explains_figure', 'table',
            'in_short']
 
-# %% ../../nbs/instruments/findings/race.ipynb #603d5f52
+# %% ../../nbs/instruments/findings/race.ipynb #2cffb1f8
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from . import studies as of_studies
 from .nets import interval_words, mean_words, nets, numbers, sign, spread_words
 from ..vocabulary import capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/race.ipynb #d8db96f6
+# %% ../../nbs/instruments/findings/race.ipynb #0f0719a0
 RELATIONS = {"toward_random_class": "a push to a random class", "toward_head_r": "an ascent on the head alone", "toward_r_span_pgd": "PGD on the image",
              "toward_partial": "PGD, given the ascent on the head"}
 
@@ -46,7 +46,7 @@ def head_words(of, among):
     pushed = f", a push to a random class {spread_words(random['mean'])}" if random is not None else ""
     return f"the head alone gives a correlation of alignment and direction of {spread_words(implied['mean'])}{pushed}; {'; '.join(said)}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #448b70b2
+# %% ../../nbs/instruments/findings/race.ipynb #2117d2ca
 FOUR = {"part_margin": "margin", "part_displacement": "displacement", "part_direction": "direction toward the origin", "part_lateral": "direction sideways"}
 TWO = {"part_race_margin": "what is needed, of two", "part_race_displacement": "displacement, of two"}
 PLAIN_PAIRS = 8   # so many plain seeds are set against each other
@@ -77,7 +77,7 @@ def parts(net):
             found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, spread.get(name, np.nan), len(by_part[name])])
     return pd.DataFrame(found, columns=["net", "regularizer", "column", "part", "mean", "low", "high", "share", "share_low", "share_high", "spread", "seeds"])
 
-# %% ../../nbs/instruments/findings/race.ipynb #3f601980
+# %% ../../nbs/instruments/findings/race.ipynb #1cbcc478
 def _kept(net, compute):
     key = "race", compute.__name__, net.words
     if key not in net.study.kept: net.study.kept[key] = compute(net)
@@ -106,7 +106,7 @@ def direction_words(of, among):
     beside = f", where two plain seeds differ by {number(spread.iloc[0], 'points')}" if len(spread) else ""
     return f"the direction toward the origin has a part of {spread_words(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #f3eb05cb
+# %% ../../nbs/instruments/findings/race.ipynb #0c820fd9
 _explained = "log2_break"
 EXPLANATIONS = {"margin and displacement": ["margin", "displacement"], "margin": ["margin"], "displacement": ["displacement"],
                 "alignment": ["alignment"], "alignment in the span": ["alignment_span"]}
@@ -134,19 +134,21 @@ def _points(recorded):
     runs = runs.assign(net=[net_words(run) for run in runs.itertuples()])
     return runs.merge(table.reset_index(), on=["condition", "seed"]).replace([np.inf, -np.inf], np.nan).dropna(subset=[*table, _explained])
 
-# %% ../../nbs/instruments/findings/race.ipynb #283b9ae6
-def r_squared(values, explained, weights):
-    """R² of a linear regression of `explained` (n,) on `values` (n, k) and a constant, with `weights` (n,)."""
-    X, w = np.column_stack([np.ones(len(values)), values]), np.sqrt(weights)
-    fit = X @ np.linalg.lstsq(X * w[:, None], explained * w, rcond=None)[0]
-    mean = np.average(explained, weights=weights)
-    return 1 - weights @ (explained - fit) ** 2 / (weights @ (explained - mean) ** 2)
+# %% ../../nbs/instruments/findings/race.ipynb #541bda22
+def r_squared(values, measured, weights):
+    """R² of linear regressions of `measured` (n,) on `values` (n, k) and a constant, for each row of `weights` (B, n) → (B,)."""
+    X = np.column_stack([np.ones(len(values)), values])
+    squares, products = (weights @ (X[:, :, None] * X[:, None]).reshape(len(X), -1)).reshape(len(weights), *2 * X.shape[1:]), weights @ (X * measured[:, None])
+    fits = X @ np.linalg.solve(squares, products[..., None])[..., 0].T
+    means = weights @ measured / weights.sum(axis=1)
+    left, all_of = ((weights.T * (measured[:, None] - of) ** 2).sum(axis=0) for of in (fits, means))
+    return 1 - left / all_of
 
 def explained(of, n_draws=400):
     """R² of each of `EXPLANATIONS` over the `points` of a net, {name: Interval}, and how far the first leads alignment in the span."""
     (seeds, at), measured = np.unique(of["seed"], return_inverse=True), of[_explained].to_numpy(float)
     counts = np.vstack([np.ones(len(seeds)), stats.bootstrap_counts(len(seeds), n_draws)])[:, at]
-    draws = {name: np.array([r_squared(of[columns].to_numpy(float), measured, w) for w in counts]) for name, columns in EXPLANATIONS.items()}
+    draws = {name: r_squared(of[columns].to_numpy(float), measured, counts) for name, columns in EXPLANATIONS.items()}
     draws["lead"] = draws["margin and displacement"] - draws["alignment in the span"]
     return {name: stats.Interval(float(of_draws[0]), *map(float, np.quantile(of_draws[1:], [0.025, 0.975]))) for name, of_draws in draws.items()}
 
@@ -174,7 +176,7 @@ def explained_sentences(studies):
     """`explained_words` of each net, sentences."""
     return [f"{net}: {words}." for net, of in _points_of(studies).items() if (words := explained_words(of))]
 
-# %% ../../nbs/instruments/findings/race.ipynb #f98b5b93
+# %% ../../nbs/instruments/findings/race.ipynb #d48ff61f
 def _lines(sentences, nothing):
     if not sentences: return Markdown("{}", nothing)
     return Markdown("\n".join(["- {}"] * len(sentences)), *map(capital, sentences))
@@ -193,7 +195,7 @@ def explains(studies):
     """What explains the breaking ε over all digits nets, as `Markdown`."""
     return _lines(explained_sentences(studies), "No record here has enough digits nets with all that this takes; digits-confirm and digits-dose would.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #d36a284f
+# %% ../../nbs/instruments/findings/race.ipynb #e8ac0efe
 def head_figure(studies):
     """The correlations of alignment and direction, by way and net."""
     found = [of for net in nets(studies) if len(of := relations(net))]
@@ -220,7 +222,7 @@ def explains_figure(studies):
     if not found: return explains(studies)
     return figures.fits(pd.concat(found), "log₂ of the breaking ε", " ".join(map(capital, explained_sentences(studies))) or "Too few nets to explain.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #a3982e20
+# %% ../../nbs/instruments/findings/race.ipynb #9e5cb2ff
 def table(studies):
     """Every part of the change in success, as `Markdown`."""
     lines = [[net.where, regularizer_words(row.regularizer), row.part, interval_words([row.mean, row.low, row.high], "points", True),
