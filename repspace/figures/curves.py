@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['band', 'look', 'look_of', 'curves']
 
-# %% ../../nbs/instruments/figures/curves.ipynb #763c07c9
+# %% ../../nbs/instruments/figures/curves.ipynb #20028ae2
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -13,7 +13,7 @@ from .. import stats
 from .canvas import Figure, full, label_of, legend, regularizer_label, subplots, theme, wrapped
 from ..vocabulary import regularizer_style
 
-# %% ../../nbs/instruments/figures/curves.ipynb #f13e01b5
+# %% ../../nbs/instruments/figures/curves.ipynb #9737583c
 def band(ax, x, curves, color, least=-np.inf, most=np.inf, **line):
     """Draw the mean of `curves` (seeds, n) and its 95 % interval; returns the mean (n,)."""
     intervals = [stats.mean_interval(values) for values in np.asarray(curves, float).T]
@@ -23,7 +23,7 @@ def band(ax, x, curves, color, least=-np.inf, most=np.inf, **line):
         ax.fill_between(x, low.clip(least, most), high.clip(least, most), color=color, alpha=0.15, lw=0)
     return mean
 
-# %% ../../nbs/instruments/figures/curves.ipynb #aa80d793
+# %% ../../nbs/instruments/figures/curves.ipynb #cfdc37d5
 def look(label, color, marker="o", ls="-"):
     """How a line is drawn, a dict."""
     return dict(label=label, color=color, marker=marker, ls=ls)
@@ -48,7 +48,7 @@ def _ticks(ax, x, xlabel):
     ax.minorticks_off()
     ax.set_xlabel(xlabel)
 
-# %% ../../nbs/instruments/figures/curves.ipynb #395e67d5
+# %% ../../nbs/instruments/figures/curves.ipynb #01f0e04e
 @theme()
 def curves(table, quantities, looks, xlabel, caption, levels=None):
     """Curves of `table` (columns net, line, x and those of `quantities`, a row per seed), a row of panels per quantity.
@@ -62,7 +62,7 @@ def curves(table, quantities, looks, xlabel, caption, levels=None):
             for line, of_line in _of(levels, net): ax.axhline(of_line[column].astype(float).mean(), color=looks[line]["color"], ls=":", lw=1.3)
         row[0].set_ylabel(wrapped(label, 22))
     for net, top, bottom in zip(nets, axes[0], axes[-1]):
-        top.set_title(wrapped(net, 34))
+        top.set_title(wrapped(net, 34 if len(nets) < 3 else 24))
         _ticks(bottom, np.sort(table.loc[table["net"] == net, "x"].unique()), xlabel)
     drawn = {*table["line"], *([] if levels is None else levels["line"])}
     legend(fig, [plt.Line2D([], [], markersize=4, **_handle(looks[line], line in set(table["line"]))) for line in looks if line in drawn])

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['fits']
 
-# %% ../../nbs/instruments/figures/fits.ipynb #4e93c287
+# %% ../../nbs/instruments/figures/fits.ipynb #d958271e
 import numpy as np
 
 from .canvas import Figure, full, ink, regularizer_legend, subplots, theme, wrapped
 from ..vocabulary import ordered, regularizer_style
 
-# %% ../../nbs/instruments/figures/fits.ipynb #33cb2938
+# %% ../../nbs/instruments/figures/fits.ipynb #0f91efe0
 @theme()
 def fits(table, label, caption):
     """Measured against explained: `table` has columns net, explanation, regularizer, explained and measured, a row per run."""
@@ -27,7 +27,7 @@ def fits(table, label, caption):
             ends = np.array([table.loc[table["net"] == net, "measured"].min(), table.loc[table["net"] == net, "measured"].max()])
             ax.plot(ends, ends, color=ink, lw=0.7, ls="--", alpha=0.6)
         line[0].set_ylabel(f"{wrapped(label, 24)}")
-    for net, ax in zip(nets, axes[0]): ax.set_title(wrapped(net, 34))
+    for net, ax in zip(nets, axes[0]): ax.set_title(wrapped(net, 34 if len(nets) < 3 else 24))
     for explanation, line in zip(rows, axes):
         for ax in line: ax.set_xlabel(wrapped(f"explained by {explanation}", 40))
     regularizer_legend(fig, ordered(first))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['parts']
 
-# %% ../../nbs/instruments/figures/parts.ipynb #0d50b2e0
+# %% ../../nbs/instruments/figures/parts.ipynb #81358903
 import numpy as np
 
 from .canvas import Figure, full, ink, regularizer_legend, subplots, theme, wrapped
 from ..vocabulary import capital, ordered, regularizer_style, units
 
-# %% ../../nbs/instruments/figures/parts.ipynb #be98144e
+# %% ../../nbs/instruments/figures/parts.ipynb #93580b18
 def _part(ax, rows, y, factor, order):
     """The points of one part at `y`, a row per regularizer."""
     for row in rows.itertuples():
@@ -19,7 +19,7 @@ def _part(ax, rows, y, factor, order):
         if np.isfinite([row.low, row.high]).all(): ax.plot([row.low * factor, row.high * factor], [at, at], color=look["color"], lw=1.4)
         ax.plot(row.mean * factor, at, ls="", markersize=4.5, mec="none", **look)
 
-# %% ../../nbs/instruments/figures/parts.ipynb #7ef8d114
+# %% ../../nbs/instruments/figures/parts.ipynb #78b7a9a0
 @theme()
 def parts(table, caption, unit="", xlabel=""):
     """Parts by net: `table` has columns net, part, regularizer, mean, low and high, perhaps spread; parts in their order."""
@@ -34,7 +34,7 @@ def parts(table, caption, unit="", xlabel=""):
                 width = rows["spread"].max() * factor
                 ax.barh(y, 2 * width, left=-width, height=0.8, color=ink, alpha=0.1, lw=0)
             _part(ax, rows, y, factor, order)
-        ax.set(ylim=(len(names) - 0.4, -0.6), title=wrapped(net, 34), xlabel=xlabel)
+        ax.set(ylim=(len(names) - 0.4, -0.6), title=wrapped(net, 34 if len(nets) < 3 else 24), xlabel=wrapped(xlabel, 34 if len(nets) < 3 else 22))
         ax.set_yticks(range(len(names)), [wrapped(capital(name), 20) for name in names])
         ax.tick_params(axis="y", length=0)
     regularizer_legend(fig, order)

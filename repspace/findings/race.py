@@ -8,7 +8,7 @@ __all__ = ['RELATIONS', 'FOUR', 'TWO', 'PLAIN_PAIRS', 'EXPLANATIONS', 'FEWEST', 
            'explained_sentences', 'head', 'race', 'explains', 'head_figure', 'race_figure', 'explains_figure', 'table',
            'in_short']
 
-# %% ../../nbs/instruments/findings/race.ipynb #2cffb1f8
+# %% ../../nbs/instruments/findings/race.ipynb #f3b2a145
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from . import studies as of_studies
 from .nets import interval_words, mean_words, nets, numbers, sign, spread_words
 from ..vocabulary import capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/race.ipynb #0f0719a0
+# %% ../../nbs/instruments/findings/race.ipynb #9e5d69af
 RELATIONS = {"toward_random_class": "a push to a random class", "toward_head_r": "an ascent on the head alone", "toward_r_span_pgd": "PGD on the image",
              "toward_partial": "PGD, given the ascent on the head"}
 
@@ -46,7 +46,7 @@ def head_words(of, among):
     pushed = f", a push to a random class {spread_words(random['mean'])}" if random is not None else ""
     return f"the head alone gives a correlation of alignment and direction of {spread_words(implied['mean'])}{pushed}; {'; '.join(said)}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #2117d2ca
+# %% ../../nbs/instruments/findings/race.ipynb #2eefc509
 FOUR = {"part_margin": "margin", "part_displacement": "displacement", "part_direction": "direction toward the origin", "part_lateral": "direction sideways"}
 TWO = {"part_race_margin": "what is needed, of two", "part_race_displacement": "displacement, of two"}
 PLAIN_PAIRS = 8   # so many plain seeds are set against each other
@@ -77,7 +77,7 @@ def parts(net):
             found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, spread.get(name, np.nan), len(by_part[name])])
     return pd.DataFrame(found, columns=["net", "regularizer", "column", "part", "mean", "low", "high", "share", "share_low", "share_high", "spread", "seeds"])
 
-# %% ../../nbs/instruments/findings/race.ipynb #1cbcc478
+# %% ../../nbs/instruments/findings/race.ipynb #555dafae
 def _kept(net, compute):
     key = "race", compute.__name__, net.words
     if key not in net.study.kept: net.study.kept[key] = compute(net)
@@ -106,7 +106,7 @@ def direction_words(of, among):
     beside = f", where two plain seeds differ by {number(spread.iloc[0], 'points')}" if len(spread) else ""
     return f"the direction toward the origin has a part of {spread_words(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #0c820fd9
+# %% ../../nbs/instruments/findings/race.ipynb #731009e9
 _explained = "log2_break"
 EXPLANATIONS = {"margin and displacement": ["margin", "displacement"], "margin": ["margin"], "displacement": ["displacement"],
                 "alignment": ["alignment"], "alignment in the span": ["alignment_span"]}
@@ -134,7 +134,7 @@ def _points(recorded):
     runs = runs.assign(net=[net_words(run) for run in runs.itertuples()])
     return runs.merge(table.reset_index(), on=["condition", "seed"]).replace([np.inf, -np.inf], np.nan).dropna(subset=[*table, _explained])
 
-# %% ../../nbs/instruments/findings/race.ipynb #541bda22
+# %% ../../nbs/instruments/findings/race.ipynb #41424ccb
 def r_squared(values, measured, weights):
     """R² of linear regressions of `measured` (n,) on `values` (n, k) and a constant, for each row of `weights` (B, n) → (B,)."""
     X = np.column_stack([np.ones(len(values)), values])
@@ -170,13 +170,13 @@ def _points_of(studies):
     """`points` by net, computed once for the same studies."""
     first = studies[0].kept if len(studies) else {}
     if "points" not in first: first["points"] = points(studies)
-    return dict(list(first["points"].groupby("net", sort=False)))
+    return dict(list(first["points"].groupby("net")))
 
 def explained_sentences(studies):
     """`explained_words` of each net, sentences."""
     return [f"{net}: {words}." for net, of in _points_of(studies).items() if (words := explained_words(of))]
 
-# %% ../../nbs/instruments/findings/race.ipynb #d48ff61f
+# %% ../../nbs/instruments/findings/race.ipynb #9620d25e
 def _lines(sentences, nothing):
     if not sentences: return Markdown("{}", nothing)
     return Markdown("\n".join(["- {}"] * len(sentences)), *map(capital, sentences))
@@ -187,15 +187,15 @@ def head(studies):
     return _lines(said, "No record here has an ascent on the head alone; digits-confirm and cifar10-confirm would.")
 
 def race(studies):
-    """Margin against displacement, and the part of the direction, by net, as `Markdown`."""
-    said = [f"{net.where}: {words}." for net in nets(studies) for say in (race_words, direction_words) if (words := say(_kept(net, parts), net.texts))]
+    """What is needed against how far vectors are moved, by net, as `Markdown`."""
+    said = [f"{net.where}: {words}." for net in nets(studies) if (words := race_words(_kept(net, parts), net.texts))]
     return _lines(said, "No record here keeps what this is computed from; digits-confirm and cifar10-confirm would.")
 
 def explains(studies):
     """What explains the breaking ε over all digits nets, as `Markdown`."""
     return _lines(explained_sentences(studies), "No record here has enough digits nets with all that this takes; digits-confirm and digits-dose would.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #e8ac0efe
+# %% ../../nbs/instruments/findings/race.ipynb #57ea0f88
 def head_figure(studies):
     """The correlations of alignment and direction, by way and net."""
     found = [of for net in nets(studies) if len(of := relations(net))]
@@ -207,7 +207,7 @@ def race_figure(studies):
     """The parts of the change in success, by net, with what they differ by between plain seeds as grey bars."""
     found = [(net, of) for net in nets(studies) if len(of := _kept(net, parts))]
     if not found: return race(studies)
-    said = [capital(f"{net.where}: {words}.") for net, of in found for say in (race_words, direction_words) if (words := say(of, net.texts))]
+    said = [capital(f"{net.where}: {words}.") for net, of in found if (words := direction_words(of, net.texts))]
     return figures.parts(pd.concat([of for _, of in found]), " ".join([*said, "Grey: between plain seeds. Lines are 95 % intervals over seeds."]),
                          "points", "change of PGD's success, points")
 
@@ -222,7 +222,7 @@ def explains_figure(studies):
     if not found: return explains(studies)
     return figures.fits(pd.concat(found), "log₂ of the breaking ε", " ".join(map(capital, explained_sentences(studies))) or "Too few nets to explain.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #9e5cb2ff
+# %% ../../nbs/instruments/findings/race.ipynb #05a7938c
 def table(studies):
     """Every part of the change in success, as `Markdown`."""
     lines = [[net.where, regularizer_words(row.regularizer), row.part, interval_words([row.mean, row.low, row.high], "points", True),
