@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'ALIKE', 'PARTS', 'MEASURED', 'SMOOTHED', 'OF', 'HOLDS', 'sp
            'rate_words', 'rate_sentence', 'record_sentences', 'cause', 'records_figure', 'records_table', 'arms_table',
            'in_short']
 
-# %% ../../nbs/instruments/findings/cause.ipynb #0efb3255
+# %% ../../nbs/instruments/findings/cause.ipynb #11936616
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from .questions import Answer, Question, ask
 from ..study import rates
 from ..vocabulary import MODELS, REGULARIZERS, capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/cause.ipynb #b1105a28
+# %% ../../nbs/instruments/findings/cause.ipynb #45814fc8
 SEEDS, ALIKE = 8, 0.5   # shares that lie farther apart are told one by one
 PARTS = {"confidence": ["rescale", "realign"], "success": ["margin", "displacement", "laterality"]}
 
@@ -45,7 +45,7 @@ def split(net):
         found |= {(text, seed): _split(runs["none"], runs[text]) for text in net.texts}
     return pd.DataFrame(found).T.rename_axis(["regularizer", "seed"]) if found else pd.DataFrame()
 
-# %% ../../nbs/instruments/findings/cause.ipynb #6c85dc66
+# %% ../../nbs/instruments/findings/cause.ipynb #486ff4f5
 def shares(table):
     """Of `split`: each part, and the effect, with its share in the effect: a row per effect, regularizer and part.
 
@@ -60,7 +60,7 @@ def shares(table):
                 found.append([effect, text, name, *stats.mean_interval(values[name]), *share, len(values)])
     return pd.DataFrame(found, columns=["effect", "regularizer", "part", "mean", "low", "high", "share", "share_low", "share_high", "seeds"])
 
-# %% ../../nbs/instruments/findings/cause.ipynb #3fcb33f0
+# %% ../../nbs/instruments/findings/cause.ipynb #2dd5a9c2
 _done = {"rescale": "giving plain vectors their lengths explains", "realign": "giving them their angles", "margin": "the margin explains",
          "displacement": "how far vectors are moved", "laterality": "where they are moved"}
 
@@ -85,7 +85,7 @@ def _share(rows):
     if rows["share"].max() - rows["share"].min() < ALIKE: return _percent(rows["share"])
     return listed(f"{number(row.share, '%')} ({regularizer_words(row.regularizer.partition(':')[0])})" for row in rows.itertuples())
 
-# %% ../../nbs/instruments/findings/cause.ipynb #0b62a776
+# %% ../../nbs/instruments/findings/cause.ipynb #4daa1234
 class Arm(NamedTuple):
     """What a regularizer text says: its targets ("none": hard), what is held ("", "logit-scale", "logit-norm"), at which scale."""
     target: str
@@ -104,7 +104,7 @@ def arm(text):
     name, _, scale = held[0].partition(":") if held else ("", "", "nan")
     return Arm("+".join(soft) or "none", name, float(scale))
 
-# %% ../../nbs/instruments/findings/cause.ipynb #656d5b1c
+# %% ../../nbs/instruments/findings/cause.ipynb #4f694e05
 MEASURED = ["accuracy", "ece", "confidence_gap", "log2_break", "train_accuracy"]
 
 def arms(studies):
@@ -129,7 +129,7 @@ def free(studies, held):
 
 SMOOTHED = "label-smoothing:0.1"   # by which as much of the logits' length is asked for as `families.own_scale`
 
-# %% ../../nbs/instruments/findings/cause.ipynb #c3513b69
+# %% ../../nbs/instruments/findings/cause.ipynb #ec6dad0f
 def effects(studies, claim_id):
     """Rows of the ledger of a claim's primary measure about arms and label smoothing: a row per net, arm and partner.
 
@@ -148,7 +148,7 @@ def _one(table, net, target, hold):
     if rows.empty: return None
     return rows.iloc[(np.log(rows["x"]) - np.log(families.own_scale)).abs().argmin() if hold else 0]
 
-# %% ../../nbs/instruments/findings/cause.ipynb #57c537ea
+# %% ../../nbs/instruments/findings/cause.ipynb #9a469788
 OF = {"accuracy": ("accuracy", "points"), "robustness": ("log₂ of the breaking ε", "")}
 HOLDS = {"logit-scale": "the mean scale of logits", "logit-norm": "the norm of each vector's logits"}
 
@@ -188,7 +188,7 @@ def cause_sentences(tables, net):
     return [f"{net}: hard targets with {words} held at {of_hold[0].x:g}: {'; '.join(map(reproduced_words, of_hold))} ({len(of_hold[0].held)} seeds)."
             for hold, words in HOLDS.items() if (of_hold := [of for of in found if of.hold == hold])]
 
-# %% ../../nbs/instruments/findings/cause.ipynb #0c48bfd3
+# %% ../../nbs/instruments/findings/cause.ipynb #1587cb07
 def beyond(table, net):
     """[(target, hold, x, effect by seed)]: what soft targets add where the length is held, up to label smoothing's own scale."""
     rows = table[(table["net"] == net) & table["partner"].isin(list(HOLDS)) & (table["x"] <= families.own_scale) & (table["target"] != "none")]
@@ -215,7 +215,7 @@ def beyond_sentences(tables, net):
         if clauses: said.append(f"{net}: with {words} held at {listed(f'{scale:g}' for scale in sorted(x))}, soft targets instead of hard ones: {'; '.join(clauses)}.")
     return said
 
-# %% ../../nbs/instruments/findings/cause.ipynb #5149fac2
+# %% ../../nbs/instruments/findings/cause.ipynb #d48de316
 def scale_words(table, claim_id, net, hold):
     """At which scales hard targets, held, do better and worse than plain training, as text; "" without arms."""
     rows = table[(table["net"] == net) & (table["target"] == "none") & (table["hold"] == hold) & (table["partner"] == "none")].sort_values("x")
@@ -236,7 +236,7 @@ def _line_look(target, hold):
     words = f"{'hard' if target == 'none' else figures.regularizer_label(target)}, {'mean' if hold == 'logit-scale' else 'each'} held"
     return look | dict(label=words, ls="-" if hold == "logit-scale" else "--")
 
-# %% ../../nbs/instruments/findings/cause.ipynb #1af9a4c2
+# %% ../../nbs/instruments/findings/cause.ipynb #547d6421
 def scale_figure(studies, targets=("none", SMOOTHED)):
     """Accuracy, calibration and breaking ε over the scale at which logits are held, by net; dotted: nets left free."""
     held = arms(studies)
@@ -253,7 +253,7 @@ def scale_figure(studies, targets=("none", SMOOTHED)):
 
 def ledgers(studies): return {claim_id: effects(studies, claim_id) for claim_id in OF}
 
-# %% ../../nbs/instruments/findings/cause.ipynb #23fa47e8
+# %% ../../nbs/instruments/findings/cause.ipynb #f801d25e
 def rate_words(runs):
     """Which rates train arms best, of a study's `runs` that tried several, as text; "" where that is not known of every arm."""
     try: losses = rates.losses(runs)
@@ -280,7 +280,7 @@ def rate_sentence(studies):
     trained = "" if not texts else f" Of the arms judged here, {len(own)} of {len(texts)} have a rate of their own, the others that of the recipe."
     return Markdown("{}.{}", capital(words), trained)
 
-# %% ../../nbs/instruments/findings/cause.ipynb #07239296
+# %% ../../nbs/instruments/findings/cause.ipynb #d5a3e14c
 def _kept_split(net):
     key = "cause", net.words
     if key not in net.study.kept: net.study.kept[key] = shares(split(net))
@@ -307,7 +307,7 @@ def cause(studies):
 ask(Question("q-cause", "Is it causal? Hold alignment fixed and change magnitude alone, and the reverse: how much of each effect does each explain?",
              "cause", cause, "digits-confirm and digits-cause"))
 
-# %% ../../nbs/instruments/findings/cause.ipynb #9e8a72d6
+# %% ../../nbs/instruments/findings/cause.ipynb #8bd35170
 def records_figure(studies, effect="confidence"):
     """Parts of the change of confidence, or of success, by net and regularizer; a line where no record tells."""
     found = [_kept_split(net).assign(net=net.words) for net in nets(studies)]
@@ -329,13 +329,13 @@ def arms_table(studies):
     held = arms(studies)
     if held.empty: return Markdown("No record here has nets whose logits are held.")
     lines = []
-    for (net, target, hold, x), rows in held.groupby(["net", "target", "hold", "x"], sort=False):
+    for (net, target, hold, x), rows in held.groupby(["net", "target", "hold", "x"]):
         words = "hard" if target == "none" else regularizer_words(target)
         lines.append([net, words, HOLDS[hold], f"{x:g}", len(rows), *(number(rows[c].mean(), u, c == "confidence_gap") for c, u in
                       (("train_accuracy", "%"), ("accuracy", "%"), ("ece", "points"), ("confidence_gap", "points"), ("log2_break", "")))])
     return markdown_table(["net", "targets", "held", "at", "seeds", "training accuracy", "accuracy", "calibration error", "gap", "log₂ ε"], lines)
 
-# %% ../../nbs/instruments/findings/cause.ipynb #ab4371ee
+# %% ../../nbs/instruments/findings/cause.ipynb #4f22a00f
 def in_short(studies):
     """How much of label smoothing's effects a held length reproduces, over nets, as `Markdown`."""
     tables = ledgers(studies)
