@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'curves',
-           'fits', 'look', 'look_of', 'parts']
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'fits', 'look',
+           'look_of', 'splits', 'sweeps']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -20,9 +20,9 @@ from .. import calibration, claims, records
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
-from .curves import band, curves, look, look_of
+from .sweeps import band, look, look_of, sweeps
 from .fits import fits
-from .parts import parts
+from .splits import splits
 from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, scorecard
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
@@ -30,7 +30,7 @@ from ..vocabulary import (attack_words, capital, number, ordered, regularizer_st
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "effects", "scorecard", "curves", "fits", "look", "look_of", "parts"]
+         "plane_regions", "planes", "effects", "scorecard", "fits", "look", "look_of", "splits", "sweeps"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()

@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'SEEDS', 'columns', 'FEW', 'TURN', 'grid_of', 'breaking', '
            'crossings', 'crossing_words', 'turn', 'turn_words', 'helped', 'help_words', 'why_words',
            'breakdown_sentences', 'strength', 'breakdown', 'range_figure', 'breakdown_figure', 'table', 'in_short']
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #665deada
+# %% ../../nbs/instruments/findings/attacks.ipynb #b6faab64
 import numpy as np
 import pandas as pd
 
@@ -19,7 +19,7 @@ from .nets import mean_words, nets, numbers, sign, spread_words
 from .questions import Answer, Question, ask
 from ..vocabulary import attack_words, capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #4a159717
+# %% ../../nbs/instruments/findings/attacks.ipynb #3894b5ec
 LOSSES = {"cross-entropy": ["breaks_pgd"], "margin loss": ["breaks_margin"], "either": ["breaks_pgd", "breaks_margin"]}
 _keys, _run = ["regularizer", "seed", "image"], ["condition", "seed"]
 
@@ -36,7 +36,7 @@ def breaking(net):
     least = {loss: rows.reindex(columns=columns).min(axis=1, skipna=False) for loss, columns in LOSSES.items()}
     return rows[_keys].assign(**{loss: np.log2(of.clip(grid[0], 2 * grid[-1])) for loss, of in least.items()}).set_index(_keys)
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #b49da969
+# %% ../../nbs/instruments/findings/attacks.ipynb #b619d078
 def both(breaks, text):
     """(plain, regularized): the rows of `breaks` of images that both runs of a seed get right, by seed and image."""
     names = breaks.index.get_level_values("regularizer")
@@ -53,7 +53,7 @@ def success(breaks, text, grid, loss):
     changes = {limit: (other <= np.log2(limit) + 1e-9).astype(float) - (plain <= np.log2(limit) + 1e-9) for limit in grid}
     return pd.DataFrame(changes).groupby("seed").mean()[plain.groupby("seed").count() > 0]
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #28642621
+# %% ../../nbs/instruments/findings/attacks.ipynb #b1233bc7
 def best_loss(breaks): return "either" if breaks["either"].notna().any() else "cross-entropy"
 
 def _stretch(limits, grid):
@@ -73,7 +73,7 @@ def range_words(changes):
     if not said: return "at no limit is it decided whether success changes"
     return f"success is {said[0]}, and {'higher' if 'lower' in said[0] else 'lower'} at none"
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #ba65a658
+# %% ../../nbs/instruments/findings/attacks.ipynb #a973ce75
 def range_sentence(net):
     """At which limits each regularizer lowers and raises success, a sentence on a net; "" where no image tells."""
     breaks, grid = _kept(net, breaking), grid_of(net)
@@ -90,7 +90,7 @@ def _kept(net, compute):
     if key not in net.study.kept: net.study.kept[key] = compute(net)
     return net.study.kept[key]
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #621c9835
+# %% ../../nbs/instruments/findings/attacks.ipynb #6df4d0aa
 def loss_sentence(net):
     """What PGD with the cross-entropy alone says too much or too little, a sentence on a net; "" without a margin loss."""
     breaks, said = _kept(net, breaking), []
@@ -103,7 +103,7 @@ def loss_sentence(net):
                     f"{mean_words(either, signed=True)} with either loss ({'cross-entropy alone is ' * (verdict[:3] == 'too')}{verdict})")
     return f"{net.where}: {'; '.join(said)}." if said else ""
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #6af22883
+# %% ../../nbs/instruments/findings/attacks.ipynb #15871612
 _weak, _black = ["breaks_fgsm", "breaks_pgd", "breaks_margin"], ("square", "transfer")
 
 def strong(net):
@@ -119,7 +119,7 @@ def strong(net):
         weak=broken[weak].any(axis=1), gradient=broken[gradient].any(axis=1), union=broken.any(axis=1))
     return broken.astype(float).groupby([rows["regularizer"], rows["seed"]]).mean()
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #59c2985b
+# %% ../../nbs/instruments/findings/attacks.ipynb #aa5840bd
 def _of(table, text): return table.xs(text, level="regularizer")
 
 def union_sentence(net):
@@ -137,7 +137,7 @@ def union_sentence(net):
 
 def _tried(table): return [attack_words(name) for name in table if name not in ("weak", "gradient", "union")]
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #756e8d09
+# %% ../../nbs/instruments/findings/attacks.ipynb #be987f33
 def _raised(difference):
     """Whether `difference`, one per seed, is over two points and two standard errors."""
     error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.inf
@@ -156,7 +156,7 @@ def signs(net):
             found.append([text, attack_words(name), ahead.mean(), _raised(ahead)])
     return pd.DataFrame(found, columns=["regularizer", "sign", "difference", "raised"])
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #1e8e78ef
+# %% ../../nbs/instruments/findings/attacks.ipynb #4dc61871
 def masking_sentence(net):
     """Which signs of masking were raised, and what was looked for, a sentence on a net; "" where nothing was."""
     found, said = signs(net), []
@@ -170,7 +170,7 @@ def masking_sentence(net):
                           + ("a weak loss" if name == "weak loss" else "a sign of masking"))
     return f"{net.where}: {'; '.join(said)}."
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #2575fe66
+# %% ../../nbs/instruments/findings/attacks.ipynb #a4c2c8d5
 def _moves(arrays, reference):
     """{limit: (crossed, t, ρ, broken)}, arrays over the right images, of PGD on a run at every limit that is kept."""
     run = interventions.run_from(arrays)
@@ -190,7 +190,7 @@ def _first(moves):
     at, any_of = broken.argmax(0), broken.any(0)
     return crossed[at, np.arange(len(at))][any_of].mean() if any_of.any() else np.nan
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #31fda7ec
+# %% ../../nbs/instruments/findings/attacks.ipynb #818222fc
 SEEDS = 10
 columns = ["net", "line", "x", "seed", "crossed", "direction", "displacement", "success", "crossed_first"]
 
@@ -206,7 +206,7 @@ def crossings(net):
         found += [[net.words, run.regularizer, limit, run.seed, *(of.mean() for of in values), across] for limit, values in moves.items()]
     return pd.DataFrame(found, columns=columns)
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #2ec1823f
+# %% ../../nbs/instruments/findings/attacks.ipynb #ee19391a
 FEW, TURN = 0.05, 0.1   # below: hardly any cross; less of a turn is hardly one
 
 def _mean(table, column, limit, text=None):
@@ -221,7 +221,7 @@ def crossing_words(table):
     return (f"of the images that break, {word} have crossed the origin at the first limit that breaks them ({spread_words(first, '%')} by "
             f"condition); at {last:g}/255, where {spread_words(share, '%')} are broken, {spread_words(most, '%')} have")
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #68a5fb79
+# %% ../../nbs/instruments/findings/attacks.ipynb #1dd12e02
 def _by_seed(table, text, column, limit):
     return table[(table["line"] == text) & (table["x"] == limit)].set_index("seed")[column]
 
@@ -241,7 +241,7 @@ def turn_words(table, texts, among):
         said.append(f"{who(alike, among)} the attack {word} (t from {ways})")
     return f"from {table['x'].min():g}/255 to {table['x'].max():g}/255, {'; '.join(said)}"
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #291a0eab
+# %% ../../nbs/instruments/findings/attacks.ipynb #14e21e46
 def helped(table, text):
     """(limit, change there, ρ there): where success falls most with `text`, None where it falls at none. Changes by seed."""
     limits = sorted(table["x"].unique())
@@ -261,7 +261,7 @@ def help_words(table, texts, among):
             f"at {last:g}/255 it is {spread_words(end)}")
     return said + (f"; {who(never, among)} it falls at no limit" if never else "")
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #9b1f21be
+# %% ../../nbs/instruments/findings/attacks.ipynb #48bced75
 def why_words(table, texts):
     """Which of the two ways ends the help, as a sentence; "" where no regularizer helps."""
     alike = [text for text in texts if helped(table, text)]
@@ -273,7 +273,7 @@ def why_words(table, texts):
     if turned: return "the attack turns away from the origin, which is not crossed"
     return "neither: where regularization helps, vectors do not cross the origin before they break, and the attack does not turn away from it"
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #343d5cdc
+# %% ../../nbs/instruments/findings/attacks.ipynb #cc95c83b
 def breakdown_sentences(net):
     """What happens to attacks as the limit grows: sentences on a net; none where no logits are kept at several limits."""
     table, among = _kept(net, crossings), ["none", *net.texts]
@@ -282,7 +282,7 @@ def breakdown_sentences(net):
     why = why_words(table, texts[1:])
     return [f"{net.where}: {words}." for words in (why, crossing_words(table), turn_words(table, texts, among), help_words(table, texts[1:], among)) if words]
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #7e40d583
+# %% ../../nbs/instruments/findings/attacks.ipynb #907052e9
 _missing = "cifar10-confirm (AutoAttack's APGD, Square) and, on a GPU, cifar10 (transfer too)"
 
 def strength(studies):
@@ -312,7 +312,7 @@ ask(Question("q-strength", "The attacks are weak and the limit looks hand-picked
 ask(Question("q-breakdown", "Why does alignment stop helping at large limits: does the perturbation cross the origin, or does the gradient turn?",
              "attacks", breakdown, "digits-confirm, whose moved logits are kept at every limit,"))
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #0f69a782
+# %% ../../nbs/instruments/findings/attacks.ipynb #883f717c
 def range_figure(net):
     """Success of PGD over the limits, of the four conditions that claims are about; its caption says where it falls."""
     return figures.over_eps(net.runs, "pgd", "success", caption=_over(net))
@@ -327,9 +327,9 @@ def breakdown_figure(studies):
     looks = {text: figures.look_of(text) for text in ["none", *dict.fromkeys(text for net in known for text in net.texts)]}
     quantities = {"success": "success of PGD", "crossed": "share across the origin", "direction": "direction t", "displacement": "displacement ρ"}
     caption = " ".join(capital(f"{net.where}: {crossing_words(_kept(net, crossings))}.") for net in known)
-    return figures.curves(table, quantities, looks, "ε / 255", f"{caption} Bands are 95 % intervals over seeds.")
+    return figures.sweeps(table, quantities, looks, "ε / 255", f"{caption} Bands are 95 % intervals over seeds.")
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #3c2e33ce
+# %% ../../nbs/instruments/findings/attacks.ipynb #6423c73e
 def table(studies):
     """How much later images break under each loss, and success at the reference limit under each attack, as `Markdown`."""
     lines = []
@@ -343,7 +343,7 @@ def table(studies):
     head = ["net", "regularizer", *(f"log₂ ε, {loss}" for loss in LOSSES), "FGSM", "PGD", "margin loss", "either loss", "all attacks"]
     return markdown_table(head, lines)
 
-# %% ../../nbs/instruments/findings/attacks.ipynb #662f4859
+# %% ../../nbs/instruments/findings/attacks.ipynb #260be538
 def _pairs_words(pairs, known):
     """(net, text) pairs in words, by net; `known`: all that there are."""
     if len(pairs) == len(known): return "with every regularizer on every net"

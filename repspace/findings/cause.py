@@ -9,7 +9,7 @@ __all__ = ['SEEDS', 'ALIKE', 'PARTS', 'MEASURED', 'SMOOTHED', 'OF', 'HOLDS', 'sp
            'rate_words', 'rate_sentence', 'record_sentences', 'cause', 'records_figure', 'records_table', 'arms_table',
            'in_short']
 
-# %% ../../nbs/instruments/findings/cause.ipynb #11936616
+# %% ../../nbs/instruments/findings/cause.ipynb #f657ec55
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from .questions import Answer, Question, ask
 from ..study import rates
 from ..vocabulary import MODELS, REGULARIZERS, capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/cause.ipynb #45814fc8
+# %% ../../nbs/instruments/findings/cause.ipynb #6fdc7e8f
 SEEDS, ALIKE = 8, 0.5   # shares that lie farther apart are told one by one
 PARTS = {"confidence": ["rescale", "realign"], "success": ["margin", "displacement", "laterality"]}
 
@@ -45,7 +45,7 @@ def split(net):
         found |= {(text, seed): _split(runs["none"], runs[text]) for text in net.texts}
     return pd.DataFrame(found).T.rename_axis(["regularizer", "seed"]) if found else pd.DataFrame()
 
-# %% ../../nbs/instruments/findings/cause.ipynb #486ff4f5
+# %% ../../nbs/instruments/findings/cause.ipynb #32175877
 def shares(table):
     """Of `split`: each part, and the effect, with its share in the effect: a row per effect, regularizer and part.
 
@@ -60,7 +60,7 @@ def shares(table):
                 found.append([effect, text, name, *stats.mean_interval(values[name]), *share, len(values)])
     return pd.DataFrame(found, columns=["effect", "regularizer", "part", "mean", "low", "high", "share", "share_low", "share_high", "seeds"])
 
-# %% ../../nbs/instruments/findings/cause.ipynb #2dd5a9c2
+# %% ../../nbs/instruments/findings/cause.ipynb #69fb534e
 _done = {"rescale": "giving plain vectors their lengths explains", "realign": "giving them their angles", "margin": "the margin explains",
          "displacement": "how far vectors are moved", "laterality": "where they are moved"}
 
@@ -85,7 +85,7 @@ def _share(rows):
     if rows["share"].max() - rows["share"].min() < ALIKE: return _percent(rows["share"])
     return listed(f"{number(row.share, '%')} ({regularizer_words(row.regularizer.partition(':')[0])})" for row in rows.itertuples())
 
-# %% ../../nbs/instruments/findings/cause.ipynb #4daa1234
+# %% ../../nbs/instruments/findings/cause.ipynb #7bcb814b
 class Arm(NamedTuple):
     """What a regularizer text says: its targets ("none": hard), what is held ("", "logit-scale", "logit-norm"), at which scale."""
     target: str
@@ -104,7 +104,7 @@ def arm(text):
     name, _, scale = held[0].partition(":") if held else ("", "", "nan")
     return Arm("+".join(soft) or "none", name, float(scale))
 
-# %% ../../nbs/instruments/findings/cause.ipynb #4f694e05
+# %% ../../nbs/instruments/findings/cause.ipynb #bc6f6935
 MEASURED = ["accuracy", "ece", "confidence_gap", "log2_break", "train_accuracy"]
 
 def arms(studies):
@@ -129,7 +129,7 @@ def free(studies, held):
 
 SMOOTHED = "label-smoothing:0.1"   # by which as much of the logits' length is asked for as `families.own_scale`
 
-# %% ../../nbs/instruments/findings/cause.ipynb #ec6dad0f
+# %% ../../nbs/instruments/findings/cause.ipynb #8a3b2848
 def effects(studies, claim_id):
     """Rows of the ledger of a claim's primary measure about arms and label smoothing: a row per net, arm and partner.
 
@@ -148,7 +148,7 @@ def _one(table, net, target, hold):
     if rows.empty: return None
     return rows.iloc[(np.log(rows["x"]) - np.log(families.own_scale)).abs().argmin() if hold else 0]
 
-# %% ../../nbs/instruments/findings/cause.ipynb #9a469788
+# %% ../../nbs/instruments/findings/cause.ipynb #e93fbc24
 OF = {"accuracy": ("accuracy", "points"), "robustness": ("log₂ of the breaking ε", "")}
 HOLDS = {"logit-scale": "the mean scale of logits", "logit-norm": "the norm of each vector's logits"}
 
@@ -188,7 +188,7 @@ def cause_sentences(tables, net):
     return [f"{net}: hard targets with {words} held at {of_hold[0].x:g}: {'; '.join(map(reproduced_words, of_hold))} ({len(of_hold[0].held)} seeds)."
             for hold, words in HOLDS.items() if (of_hold := [of for of in found if of.hold == hold])]
 
-# %% ../../nbs/instruments/findings/cause.ipynb #1587cb07
+# %% ../../nbs/instruments/findings/cause.ipynb #6ec49184
 def beyond(table, net):
     """[(target, hold, x, effect by seed)]: what soft targets add where the length is held, up to label smoothing's own scale."""
     rows = table[(table["net"] == net) & table["partner"].isin(list(HOLDS)) & (table["x"] <= families.own_scale) & (table["target"] != "none")]
@@ -215,7 +215,7 @@ def beyond_sentences(tables, net):
         if clauses: said.append(f"{net}: with {words} held at {listed(f'{scale:g}' for scale in sorted(x))}, soft targets instead of hard ones: {'; '.join(clauses)}.")
     return said
 
-# %% ../../nbs/instruments/findings/cause.ipynb #d48de316
+# %% ../../nbs/instruments/findings/cause.ipynb #0aea0882
 def scale_words(table, claim_id, net, hold):
     """At which scales hard targets, held, do better and worse than plain training, as text; "" without arms."""
     rows = table[(table["net"] == net) & (table["target"] == "none") & (table["hold"] == hold) & (table["partner"] == "none")].sort_values("x")
@@ -236,7 +236,7 @@ def _line_look(target, hold):
     words = f"{'hard' if target == 'none' else figures.regularizer_label(target)}, {'mean' if hold == 'logit-scale' else 'each'} held"
     return look | dict(label=words, ls="-" if hold == "logit-scale" else "--")
 
-# %% ../../nbs/instruments/findings/cause.ipynb #547d6421
+# %% ../../nbs/instruments/findings/cause.ipynb #056f0e15
 def scale_figure(studies, targets=("none", SMOOTHED)):
     """Accuracy, calibration and breaking ε over the scale at which logits are held, by net; dotted: nets left free."""
     held = arms(studies)
@@ -249,11 +249,11 @@ def scale_figure(studies, targets=("none", SMOOTHED)):
     quantities = {"accuracy": "accuracy", "ece": "calibration error", "confidence_gap": "confidence − accuracy", "log2_break": "log₂ of the breaking ε"}
     tables = ledgers(studies)
     caption = " ".join(capital(text) for net in dict.fromkeys(held["net"]) for text in scale_sentences(tables, net))
-    return figures.curves(held, quantities, looks, "scale S at which logits are held", f"{caption} Bands are 95 % intervals over seeds.".strip(), levels)
+    return figures.sweeps(held, quantities, looks, "scale S at which logits are held", f"{caption} Bands are 95 % intervals over seeds.".strip(), levels)
 
 def ledgers(studies): return {claim_id: effects(studies, claim_id) for claim_id in OF}
 
-# %% ../../nbs/instruments/findings/cause.ipynb #f801d25e
+# %% ../../nbs/instruments/findings/cause.ipynb #d6ceec7c
 def rate_words(runs):
     """Which rates train arms best, of a study's `runs` that tried several, as text; "" where that is not known of every arm."""
     try: losses = rates.losses(runs)
@@ -280,7 +280,7 @@ def rate_sentence(studies):
     trained = "" if not texts else f" Of the arms judged here, {len(own)} of {len(texts)} have a rate of their own, the others that of the recipe."
     return Markdown("{}.{}", capital(words), trained)
 
-# %% ../../nbs/instruments/findings/cause.ipynb #d5a3e14c
+# %% ../../nbs/instruments/findings/cause.ipynb #5250cd7b
 def _kept_split(net):
     key = "cause", net.words
     if key not in net.study.kept: net.study.kept[key] = shares(split(net))
@@ -307,7 +307,7 @@ def cause(studies):
 ask(Question("q-cause", "Is it causal? Hold alignment fixed and change magnitude alone, and the reverse: how much of each effect does each explain?",
              "cause", cause, "digits-confirm and digits-cause"))
 
-# %% ../../nbs/instruments/findings/cause.ipynb #8bd35170
+# %% ../../nbs/instruments/findings/cause.ipynb #f4fc1d59
 def records_figure(studies, effect="confidence"):
     """Parts of the change of confidence, or of success, by net and regularizer; a line where no record tells."""
     found = [_kept_split(net).assign(net=net.words) for net in nets(studies)]
@@ -315,7 +315,7 @@ def records_figure(studies, effect="confidence"):
     if not any(map(len, found)): return Markdown("No record here keeps the logits that this is computed from.")
     said = " ".join(capital(f"{net.where}: {words}.") for net in nets(studies) if (words := share_words(_kept_split(net), effect, net.texts)))
     what = "mean confidence" if effect == "confidence" else "PGD's success"
-    return figures.parts(pd.concat(found), f"{said} Lines are 95 % intervals over seeds.", "points", f"change of {what}, points")
+    return figures.splits(pd.concat(found), f"{said} Lines are 95 % intervals over seeds.", "points", f"change of {what}, points")
 
 def records_table(studies):
     """Every part with its share, as `Markdown`."""
@@ -335,7 +335,7 @@ def arms_table(studies):
                       (("train_accuracy", "%"), ("accuracy", "%"), ("ece", "points"), ("confidence_gap", "points"), ("log2_break", "")))])
     return markdown_table(["net", "targets", "held", "at", "seeds", "training accuracy", "accuracy", "calibration error", "gap", "log₂ ε"], lines)
 
-# %% ../../nbs/instruments/findings/cause.ipynb #4f22a00f
+# %% ../../nbs/instruments/findings/cause.ipynb #5df14735
 def in_short(studies):
     """How much of label smoothing's effects a held length reproduces, over nets, as `Markdown`."""
     tables = ledgers(studies)

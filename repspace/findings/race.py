@@ -8,7 +8,7 @@ __all__ = ['RELATIONS', 'FOUR', 'TWO', 'PLAIN_PAIRS', 'EXPLANATIONS', 'FEWEST', 
            'explained_sentences', 'head', 'race', 'explains', 'head_figure', 'race_figure', 'explains_figure', 'table',
            'in_short']
 
-# %% ../../nbs/instruments/findings/race.ipynb #f3b2a145
+# %% ../../nbs/instruments/findings/race.ipynb #88b4c16b
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from . import studies as of_studies
 from .nets import interval_words, mean_words, nets, numbers, sign, spread_words
 from ..vocabulary import capital, listed, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/race.ipynb #9e5d69af
+# %% ../../nbs/instruments/findings/race.ipynb #8abe5fac
 RELATIONS = {"toward_random_class": "a push to a random class", "toward_head_r": "an ascent on the head alone", "toward_r_span_pgd": "PGD on the image",
              "toward_partial": "PGD, given the ascent on the head"}
 
@@ -46,7 +46,7 @@ def head_words(of, among):
     pushed = f", a push to a random class {spread_words(random['mean'])}" if random is not None else ""
     return f"the head alone gives a correlation of alignment and direction of {spread_words(implied['mean'])}{pushed}; {'; '.join(said)}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #2eefc509
+# %% ../../nbs/instruments/findings/race.ipynb #a6b4de2c
 FOUR = {"part_margin": "margin", "part_displacement": "displacement", "part_direction": "direction toward the origin", "part_lateral": "direction sideways"}
 TWO = {"part_race_margin": "what is needed, of two", "part_race_displacement": "displacement, of two"}
 PLAIN_PAIRS = 8   # so many plain seeds are set against each other
@@ -77,7 +77,7 @@ def parts(net):
             found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, spread.get(name, np.nan), len(by_part[name])])
     return pd.DataFrame(found, columns=["net", "regularizer", "column", "part", "mean", "low", "high", "share", "share_low", "share_high", "spread", "seeds"])
 
-# %% ../../nbs/instruments/findings/race.ipynb #555dafae
+# %% ../../nbs/instruments/findings/race.ipynb #9ff0882d
 def _kept(net, compute):
     key = "race", compute.__name__, net.words
     if key not in net.study.kept: net.study.kept[key] = compute(net)
@@ -106,7 +106,7 @@ def direction_words(of, among):
     beside = f", where two plain seeds differ by {number(spread.iloc[0], 'points')}" if len(spread) else ""
     return f"the direction toward the origin has a part of {spread_words(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
 
-# %% ../../nbs/instruments/findings/race.ipynb #731009e9
+# %% ../../nbs/instruments/findings/race.ipynb #25ed9988
 _explained = "log2_break"
 EXPLANATIONS = {"margin and displacement": ["margin", "displacement"], "margin": ["margin"], "displacement": ["displacement"],
                 "alignment": ["alignment"], "alignment in the span": ["alignment_span"]}
@@ -134,7 +134,7 @@ def _points(recorded):
     runs = runs.assign(net=[net_words(run) for run in runs.itertuples()])
     return runs.merge(table.reset_index(), on=["condition", "seed"]).replace([np.inf, -np.inf], np.nan).dropna(subset=[*table, _explained])
 
-# %% ../../nbs/instruments/findings/race.ipynb #41424ccb
+# %% ../../nbs/instruments/findings/race.ipynb #f01544e6
 def r_squared(values, measured, weights):
     """R² of linear regressions of `measured` (n,) on `values` (n, k) and a constant, for each row of `weights` (B, n) → (B,)."""
     X = np.column_stack([np.ones(len(values)), values])
@@ -176,7 +176,7 @@ def explained_sentences(studies):
     """`explained_words` of each net, sentences."""
     return [f"{net}: {words}." for net, of in _points_of(studies).items() if (words := explained_words(of))]
 
-# %% ../../nbs/instruments/findings/race.ipynb #9620d25e
+# %% ../../nbs/instruments/findings/race.ipynb #59cf5aca
 def _lines(sentences, nothing):
     if not sentences: return Markdown("{}", nothing)
     return Markdown("\n".join(["- {}"] * len(sentences)), *map(capital, sentences))
@@ -195,20 +195,20 @@ def explains(studies):
     """What explains the breaking ε over all digits nets, as `Markdown`."""
     return _lines(explained_sentences(studies), "No record here has enough digits nets with all that this takes; digits-confirm and digits-dose would.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #57ea0f88
+# %% ../../nbs/instruments/findings/race.ipynb #11bf7113
 def head_figure(studies):
     """The correlations of alignment and direction, by way and net."""
     found = [of for net in nets(studies) if len(of := relations(net))]
     if not found: return head(studies)
     said = [f"{net.where}: {words}." for net in nets(studies) if (words := head_words(relations(net), ["none", *net.texts]))]
-    return figures.parts(pd.concat(found), " ".join([*map(capital, said), "Lines are 95 % intervals over seeds."]), "", "correlation with alignment")
+    return figures.splits(pd.concat(found), " ".join([*map(capital, said), "Lines are 95 % intervals over seeds."]), "", "correlation with alignment")
 
 def race_figure(studies):
     """The parts of the change in success, by net, with what they differ by between plain seeds as grey bars."""
     found = [(net, of) for net in nets(studies) if len(of := _kept(net, parts))]
     if not found: return race(studies)
     said = [capital(f"{net.where}: {words}.") for net, of in found if (words := direction_words(of, net.texts))]
-    return figures.parts(pd.concat([of for _, of in found]), " ".join([*said, "Grey: between plain seeds. Lines are 95 % intervals over seeds."]),
+    return figures.splits(pd.concat([of for _, of in found]), " ".join([*said, "Grey: between plain seeds. Lines are 95 % intervals over seeds."]),
                          "points", "change of PGD's success, points")
 
 def explains_figure(studies):
@@ -222,7 +222,7 @@ def explains_figure(studies):
     if not found: return explains(studies)
     return figures.fits(pd.concat(found), "log₂ of the breaking ε", " ".join(map(capital, explained_sentences(studies))) or "Too few nets to explain.")
 
-# %% ../../nbs/instruments/findings/race.ipynb #05a7938c
+# %% ../../nbs/instruments/findings/race.ipynb #08864baf
 def table(studies):
     """Every part of the change in success, as `Markdown`."""
     lines = [[net.where, regularizer_words(row.regularizer), row.part, interval_words([row.mean, row.low, row.high], "points", True),

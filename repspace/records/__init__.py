@@ -181,8 +181,7 @@ class Records(_Tables):
         if self.folders is None:
             raise ValueError("these records know no folder to read arrays from: take those that "
                              "`records.load` returns, or change them by `_replace`")
-        named = self.runs[["condition", "seed", "study", "source", "identity"]]   # of hundreds of columns
-        rows = named[(named["condition"] == condition) & (named["seed"] == seed)]
+        rows = self.runs[(self.runs["condition"] == condition) & (self.runs["seed"] == seed)]
         if len(rows) != 1:
             raise ValueError(f"there are {len(rows)} runs of {condition!r} with seed {seed} in these "
                              f"records; their conditions are {sorted(set(self.runs['condition']))}")
