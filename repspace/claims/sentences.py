@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['speaking', 'evidence', 'who', 'model_words', 'net_words', 'where', 'size', 'told', 'clause', 'Sentence', 'sentences',
-           'gist', 'opening', 'overview']
+           'with_nets', 'gist', 'opening', 'overview']
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #c50ffd1d
+# %% ../../nbs/instruments/claims/sentences.ipynb #11d32022
 from typing import NamedTuple
 
 import pandas as pd
@@ -15,7 +15,7 @@ from .statements import CLAIMS, Said, get, paired_kinds
 from .tables import Markdown, claimed_by, headline, joined, markdown_table, of_claim
 from ..vocabulary import MODELS, REGULARIZERS, VERDICTS, data_words, listed, number, ordered, units
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #4264e98c
+# %% ../../nbs/instruments/claims/sentences.ipynb #4c07ed1e
 _of_net = ["data", "model", "feature_dim"]
 
 def speaking(ledger):
@@ -32,7 +32,7 @@ def evidence(ledger):
     """Those of the `speaking` rows that have the claims' own verdicts: `headline` rows."""
     return headline(speaking(ledger))
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #28bdc807
+# %% ../../nbs/instruments/claims/sentences.ipynb #04006fab
 _soft = [name for name, row in REGULARIZERS.items() if row.role == "soft" and not row.source]
 
 def _names(texts):
@@ -61,7 +61,7 @@ def where(row):
     """`net_words`, and whether the row is exploratory."""
     return net_words(row) + ("" if row.status == "confirmatory" else " (exploratory)")
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #e5fcd782
+# %% ../../nbs/instruments/claims/sentences.ipynb #a2f9bcda
 def _range(ends, suffix=""):
     """Two numbers in words, which may be the same, with their unit once."""
     low, high = ends
@@ -79,7 +79,7 @@ def size(said, rows, signed=False, absolute=False, interval=True):
     effect, *ends = values.iloc[0]
     return f"{text(effect)} [{', '.join(text(end).removesuffix(suffix) for end in sorted(ends))}]"
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #a1479696
+# %% ../../nbs/instruments/claims/sentences.ipynb #76adfd74
 def told(claim):
     """How the effects of a claim are told: as it says itself, or by its measure's name."""
     label = claim.primary.label
@@ -106,7 +106,7 @@ def _beside(rows):
                      for values in (rows["before"], rows["after"]))
     return f" (signed {words} {before} before, {after} after)"
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #9ea7eefc
+# %% ../../nbs/instruments/claims/sentences.ipynb #2528ea60
 def _by_verdict(rows):
     """The rows of one net by verdict, those that decide first."""
     order = ["supported", "contradicted", "in between", "none", "open", "not applicable"]
@@ -137,7 +137,7 @@ def _sentence(claim, nets):
     places, rows = listed(where(next(net.itertuples())) for net in nets), pd.concat(nets)
     return Sentence(places, "; ".join(clause(claim, of, nets[0]["regularizer"]) for of in _by_verdict(rows)))
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #06eefd6a
+# %% ../../nbs/instruments/claims/sentences.ipynb #9739c480
 def _places(rows, among):
     """Where `rows` are, in words: nets, with their regularizers where others of the net are not among `rows`."""
     def place(net, of):
@@ -146,7 +146,7 @@ def _places(rows, among):
         return net if alone else f"{net} ({listed(_names(ordered(of['regularizer'])))})"
     return listed(place(net, of) for net, of in rows.groupby("net", sort=False))
 
-def _with_nets(rows):
+def with_nets(rows):
     """`rows` with the column `net`: the model in words, with its data where a model was trained on several."""
     several = rows.groupby("model")["data"].nunique().gt(1)
     return rows.assign(net=[net_words(row) if several[row.model] else model_words(row.model) for row in rows.itertuples()])
@@ -154,7 +154,7 @@ def _with_nets(rows):
 def gist(claim_id, ledger):
     """How a claim came out, all nets in one text without a stop; "" where the ledger has no evidence on it."""
     claim, rows = get(claim_id), evidence(ledger[ledger["claim"] == claim_id])
-    rows = _with_nets(rows[rows["verdict"] != "not applicable"])
+    rows = with_nets(rows[rows["verdict"] != "not applicable"])
     said, paired, parts = told(claim), claim.primary.kind in paired_kinds, []
     for verdict, clause_name in _clauses.items():
         of = rows[rows["verdict"] == verdict]
@@ -166,7 +166,7 @@ def gist(claim_id, ledger):
     if len(undecided): parts.append("nothing is decided" + (f" on {_places(undecided, rows)}" if len(undecided) < len(rows) else ""))
     return "; ".join(parts)
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #5a3b8934
+# %% ../../nbs/instruments/claims/sentences.ipynb #b44fe440
 def opening(claim_id, ledger):
     """A claim's sentence, how it came out, and by which measure, as `Markdown`; `ValueError` without rows of it."""
     claim, rows = of_claim(ledger, claim_id)
@@ -175,7 +175,7 @@ def opening(claim_id, ledger):
     measure = Markdown("*Judged by*: {}; claimed is {}. {}", claim.primary.label, claimed_by(claim.primary), claim.primary.reason)
     return joined([sentence, "", *came_out, "", measure])
 
-# %% ../../nbs/instruments/claims/sentences.ipynb #8cd5970b
+# %% ../../nbs/instruments/claims/sentences.ipynb #81754430
 def _cell(claim, rows, link):
     """The verdicts of a claim on one net, each with its regularizers and effects; a link."""
     if rows.empty: return "–"
