@@ -7,7 +7,7 @@ __all__ = ['rivals', 'overshoot', 'overshoot_sentence', 'listed_ends', 'gap_now'
            'refinement_sentence', 'rival_rows', 'rival_figure', 'detection_sentence', 'as_short', 'shortened',
            'scaling_sentence', 'by_hand_sentence', 'answer_scaling', 'in_short']
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #6f952e68
+# %% ../../nbs/instruments/findings/confidence.ipynb #909f8f1f
 import numpy as np
 import pandas as pd
 
@@ -19,7 +19,7 @@ from .studies import rows
 from ..stats import mean_interval
 from ..vocabulary import listed, number
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #26731410
+# %% ../../nbs/instruments/findings/confidence.ipynb #d20564ad
 _sides = {"above": "overconfident", "below": "underconfident", "neither": "neither over- nor underconfident"}
 _conclusions = {   # by the sign of the change of the error, and whether the net became less confident for its accuracy
     ("below", True): "less confident and better calibrated", ("below", False): "better calibrated, without being less confident",
@@ -34,7 +34,7 @@ def overshoot(net):
     verdicts = [_conclusions[sign(of.low, of.high), by.high < 0] for of, by in zip(error.itertuples(), moved.itertuples())]
     return after.assign(side=sides, conclusion=verdicts), error.assign(conclusion=verdicts)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #e88f8122
+# %% ../../nbs/instruments/findings/confidence.ipynb #484705df
 def _grouped(frame, by, words, unit="points"):
     """A clause for each value of the column `by` of `frame`: `words(who, value, size)`."""
     said = claims.Said("", "", "", "", unit)
@@ -50,7 +50,7 @@ def overshoot_sentence(net):
 
 def listed_ends(ends): return f"So, {'; '.join(ends)}."
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #de38a10e
+# %% ../../nbs/instruments/findings/confidence.ipynb #c597a88a
 def gap_now(found, number_of=lambda own, plain: own["confidence_gap"]):
     """(interval of the mean over regularizers, net in words) on the last of the nets `found`."""
     per_seed = pd.concat(paired(found[-1].runs, number_of)["per_seed"].tolist(), axis=1).mean(axis=1)
@@ -66,7 +66,7 @@ def answer_overshoot(studies):
 ask(Question("q-overshoot", "Mixup and CutMix can end underconfident: is it better calibrated, or only less confident?", "confidence",
              answer_overshoot, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #f8798551
+# %% ../../nbs/instruments/findings/confidence.ipynb #e66e12ff
 def _as_it_is(own, plain): return own["nll"] - plain["nll_temperature"]
 def _calibration_part(own, plain): return (own["nll"] - own["nll_temperature"]) - (plain["nll"] - plain["nll_temperature"])
 
@@ -82,7 +82,7 @@ def rival_sentence(net):
     return (f"{net.where}: compared with the plain net after one temperature, the negative log-likelihood is {alone}; "
             f"once the regularized nets have a temperature too, it is {both}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #f8c3d489
+# %% ../../nbs/instruments/findings/confidence.ipynb #3b70224f
 def refinement_sentence(net):
     """How the two parts of NLL change: what one temperature mends, and what it does not."""
     mends, not_mends = (by_sign(paired(net.runs, value), {"below": "shrinks {who} (by {size})", "above": "grows {who} (by {size})",
@@ -100,17 +100,17 @@ def rival_figure(found):
     return figures.forest(rival_rows(found), f"{told} Left of zero the regularized net is better. Points are seeds, lines 95 % intervals.",
                           f"Forest plot of negative log-likelihoods. {told}")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #9c6130df
+# %% ../../nbs/instruments/findings/confidence.ipynb #e580e89b
 _detected = {"auroc_error": ("AUROC", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"}),
              "aurc": ("AURC, where less is better,", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"})}
 
 def detection_sentence(net):
     """How well confidence tells errors apart, by AUROC and AURC; "" where records lack them."""
     parts = [f"{label} {told}" for column, (label, words) in _detected.items()
-             if (told := by_sign(paired(net.runs, change(column)), words))]
+             if (told := by_sign(paired(net.runs, change(column)), words, "points"))]
     return f"{net.where}: {'. '.join(parts)}." if parts else ""
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #6c260319
+# %% ../../nbs/instruments/findings/confidence.ipynb #0cd69145
 def _length(logits, bias):
     """Median norm of the centered logits (N, K) without their biases."""
     free = logits - bias
@@ -126,7 +126,7 @@ def _read(net, run):
     logits = arrays["clean"].astype(float)
     return logits, arrays["labels"], arrays.get("head.bias", np.zeros(logits.shape[1])).astype(float)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #32710a38
+# %% ../../nbs/instruments/findings/confidence.ipynb #10913852
 def _scores(logits, labels):
     p = calibration.softmax(logits)
     return calibration.nll(p, labels), calibration.confidence_gap(p, labels)
@@ -142,7 +142,7 @@ def shortened(net):
         lines.append([run.regularizer, run.seed, *scores])
     return pd.DataFrame(lines, columns=["regularizer", "seed", "nll", "gap", "nll_by_hand", "gap_by_hand"])
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #07d5b7bf
+# %% ../../nbs/instruments/findings/confidence.ipynb #0bc67a95
 def _over_seeds(short, value):
     """As `paired`, of a function of the frame that `shortened` gives."""
     return pd.DataFrame([[text, *mean_interval(value(of).to_numpy(float))] for text, of in short.groupby("regularizer", sort=False)],
@@ -161,7 +161,7 @@ def _best_clause(net):
             for column, label, unit in (("nll", "negative log-likelihood", ""), ("ece", "calibration error", "points"))}
     return " and ".join(f"the {label} is {told}" for label, told in best.items() if told)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #6b4bdb9c
+# %% ../../nbs/instruments/findings/confidence.ipynb #fe3c807b
 _same = {"below": "no, training does more", "above": "no, scaling does more", "neither": "nearly: they are not clearly different", "mixed": "no, it depends on the regularizer"}
 
 def scaling_sentence(net):
@@ -173,7 +173,7 @@ def scaling_sentence(net):
     clause = f" {_short_clause(short)}" if len(short) else ""
     return f"{net.where}, calibration: {verdict}. Compared with the plain net whose features were scaled by its best factor, {best}.{clause}"
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #5ddd8df1
+# %% ../../nbs/instruments/findings/confidence.ipynb #fc63fcbd
 def _shortest(runs):
     """(column, in words) of the measured factor nearest to the one by which regularization shortens the logits of `runs`."""
     length = runs.groupby(runs["regularizer"].eq("none"))["centered_logit_norm"].mean() if "centered_logit_norm" in runs else {}
@@ -191,7 +191,7 @@ def by_hand_sentence(net, ledger):
     return (f"{net.where}, robustness: {words}, the plain net predicts the same for {number(np.mean(kept), '%')} of the images, and without biases "
             f"it would for all, so that the same limits break them; trained with soft labels, {'; '.join(trained)}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #4ee40c35
+# %% ../../nbs/instruments/findings/confidence.ipynb #8b0f3222
 def _of_net(ledger, net):
     """The rows of `ledger` on the data and model of a `Net`."""
     first = net.runs.iloc[0]
@@ -209,7 +209,7 @@ def answer_scaling(studies):
 ask(Question("q-scaling", "Is scaling features by hand the same as training with soft labels, for calibration and for robustness?", "confidence",
              answer_scaling, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #43d87963
+# %% ../../nbs/instruments/findings/confidence.ipynb #df2712cf
 def in_short(studies):
     """The chapter in three sentences, by rule: the gap after, the rival alone, the rival with a temperature on both; a list of texts."""
     found = {net.where: net.runs for net in nets(studies, "calibration")}

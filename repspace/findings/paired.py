@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Net', 'nets', 'paired', 'change', 'named', 'sign', 'spelled', 'by_sign', 'pattern', 'over_nets', 'unjudged']
 
-# %% ../../nbs/instruments/findings/paired.ipynb #649805aa
+# %% ../../nbs/instruments/findings/paired.ipynb #90107b6a
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from .studies import rows
 from ..stats import Interval, mean_interval
 from ..vocabulary import listed, ordered, regularizer_words
 
-# %% ../../nbs/instruments/findings/paired.ipynb #f922d4ad
+# %% ../../nbs/instruments/findings/paired.ipynb #92e6bad0
 class Net(NamedTuple):
     """A net: `where`, in words, the study that speaks for it (`Judged`), and its plain and regularized `runs` there."""
     where: str
@@ -37,7 +37,7 @@ def nets(studies, claim_id):
         found.append(Net(where(next(of.itertuples())), by_name[name], runs[chosen]))
     return found
 
-# %% ../../nbs/instruments/findings/paired.ipynb #956f09cc
+# %% ../../nbs/instruments/findings/paired.ipynb #69c3b243
 def paired(runs, value):
     """What `value(own, plain)`, two frames by seed, gives per seed (Series): a row per regularizer in `runs`.
 
@@ -55,18 +55,21 @@ def change(column):
     """The function for `paired` that gives the change of a column."""
     return lambda own, plain: own[column] - plain[column]
 
-# %% ../../nbs/instruments/findings/paired.ipynb #b638e1b9
+# %% ../../nbs/instruments/findings/paired.ipynb #81a70cdc
 def named(texts, among):
     """`texts` in words: "with all three", "with weight decay 0.001 and 0.01"; `among`: those that there are."""
     by_name = {}
     for text in ordered(texts): by_name.setdefault(text.partition(":")[0], []).append(text)
     if all(families.family(text) == families.soft for text in texts) and all(len(of) == 1 for of in by_name.values()):
         return who(texts, among)
-    of_name = [[f"{strength(text):g}" for text in sorted(of, key=strength)] for of in by_name.values()]
-    words = [f"{regularizer_words(name)} {'/'.join(strengths)}" for name, strengths in zip(by_name, of_name)]
-    return f"with {listed(words)}"
+    return f"with {listed(_with_strengths(name, of) for name, of in by_name.items())}"
 
-# %% ../../nbs/instruments/findings/paired.ipynb #1a57828f
+def _with_strengths(name, texts):
+    if name == "none": return "plain training"
+    strengths = "/".join(f"{strength(text):g}" for text in sorted(texts, key=strength) if ":" in text)
+    return f"{regularizer_words(name)} {strengths}".strip()
+
+# %% ../../nbs/instruments/findings/paired.ipynb #77d8ff72
 def sign(low, high):
     """Where an interval lies: "below" zero, "above" it, or "neither"."""
     return "below" if high < 0 else "above" if low > 0 else "neither"
@@ -75,12 +78,12 @@ def spelled(interval, unit="", signed=False):
     """An `Interval` as text: "+5.00 points [4.00, 6.00]"."""
     return size(_of(unit), pd.DataFrame([interval], columns=["effect", "low", "high"]), signed)
 
-def _of(unit): return Said("", "", "", "", unit)
+def _of(unit): return unit if isinstance(unit, Said) else Said("", "", "", "", unit)
 
 def by_sign(effects, words, unit="", absolute=True):
     """A clause for each sign that rows of `effects` have, joined by "; ": `words` by sign, with {who} and {size} in them.
 
-    `absolute`: sizes without their sign, where it is said by the words."""
+    `absolute`: sizes without their sign, where it is said by the words. `unit`: of the sizes, or a `Said` that knows their scale."""
     of, clauses = effects.assign(sign=[sign(row.low, row.high) for row in effects.itertuples()]), []
     for name in ("below", "above", "neither"):
         of_sign = of[of["sign"] == name]
@@ -89,7 +92,7 @@ def by_sign(effects, words, unit="", absolute=True):
         clauses.append(words[name].format(who=named(of_sign["regularizer"], of["regularizer"]), size=told))
     return "; ".join(clauses)
 
-# %% ../../nbs/instruments/findings/paired.ipynb #f4866096
+# %% ../../nbs/instruments/findings/paired.ipynb #cf68392d
 def pattern(effects):
     """"below", "above" or "neither" where all rows of `effects` are that, else "mixed"."""
     signs = {sign(row.low, row.high) for row in effects.itertuples()}
@@ -102,7 +105,7 @@ def over_nets(effects_of, words):
         if len(effects): by_pattern.setdefault(pattern(effects), []).append(net)
     return "; ".join(words[name].format(nets=listed(by_pattern[name])) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
 
-# %% ../../nbs/instruments/findings/paired.ipynb #f6801fa5
+# %% ../../nbs/instruments/findings/paired.ipynb #50ee92c1
 def unjudged(effects, net, label, kind, unit=""):
     """`effects` as rows for `figures.forest`: a column `net`, a `label`, and what stands below the axis."""
     return effects.assign(net=net, label=label, kind=kind, unit=unit, low_bound=np.nan, high_bound=np.nan, claimed="", verdict="")
