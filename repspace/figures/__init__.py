@@ -7,7 +7,7 @@ __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 're
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
            'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest',
-           'scorecard']
+           'scorecard', 'strip']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -22,13 +22,13 @@ from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels
                                      verdict_key, wrapped)
 from .doses import doses
 from .regions import class_colors, plane_regions, planes
-from .verdicts import effects, forest, scorecard
+from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "doses", "effects", "forest", "scorecard"]
+         "plane_regions", "planes", "doses", "effects", "forest", "scorecard", "strip"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
