@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['gap', 'study', 'crossing', 'at_zero', 'calibrating', 'closes', 'dose_clause', 'net_sentence', 'dose_sentences',
-           'dose_figure']
+           'dose_figure', 'dose_table']
 
-# %% ../../nbs/instruments/findings/doses.ipynb #46010a87
+# %% ../../nbs/instruments/findings/doses.ipynb #caa765eb
 import numpy as np
 import pandas as pd
 
 from .. import figures
+from ..claims import TextTable
 from ..claims.sentences import net_words
 from ..figures.doses import ladders, strength
 from .paired import sign, spelled
 from ..stats import Interval, mean_interval
 from ..vocabulary import regularizer_words
 
-# %% ../../nbs/instruments/findings/doses.ipynb #4a57e2aa
+# %% ../../nbs/instruments/findings/doses.ipynb #36b38bd6
 gap, study = "confidence_gap", "digits-dose"
 
 def crossing(gaps):
@@ -29,7 +30,7 @@ def crossing(gaps):
     i = int(beyond[0]) - 1
     return i, float(gaps[i] / (gaps[i] - gaps[i + 1]))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #d0a0773d
+# %% ../../nbs/instruments/findings/doses.ipynb #2deaf073
 _read = ("ece", "accuracy", "nll", "nll_temperature", "log2_break")
 
 def _at(rows, texts, place):
@@ -55,7 +56,7 @@ def at_zero(runs, texts):
         if place: lines.append(_at(rows, there, place) | {"seed": seed})
     return pd.DataFrame(lines), seeds
 
-# %% ../../nbs/instruments/findings/doses.ipynb #3c7d4752
+# %% ../../nbs/instruments/findings/doses.ipynb #f9ff33ff
 def calibrating(runs):
     """A row per model and regularizer of `runs` with several strengths: `closes` (seeds), `seeds`, and an `Interval` of each quantity.
 
@@ -74,7 +75,7 @@ def closes(row):
     """Whether a row of `calibrating` has its dose: at least half of its seeds close, and two."""
     return row.closes >= max(2, row.seeds / 2)
 
-# %% ../../nbs/instruments/findings/doses.ipynb #b3272bb1
+# %% ../../nbs/instruments/findings/doses.ipynb #d2d30f4b
 _moved = {"below": "{} lower", "above": "{} higher", "neither": "about the same ({})"}
 
 def _clause(interval, unit=""):
@@ -91,7 +92,7 @@ def dose_clause(row):
             f"{_clause(row.ece_change, 'points')} and accuracy {_clause(row.accuracy_change, 'points')}, compared with plain training, and the negative "
             f"log-likelihood {_clause(row.rival)}, compared with the plain net after one temperature")
 
-# %% ../../nbs/instruments/findings/doses.ipynb #5b8d4955
+# %% ../../nbs/instruments/findings/doses.ipynb #d236136a
 def net_sentence(lines):
     """The doses of one net, of whose rows of `calibrating` a frame is given."""
     first = next(lines.itertuples())
@@ -107,7 +108,7 @@ def dose_sentences(studies):
     if lines.empty: return [f"No record here tells; the study {study} would."]
     return [net_sentence(of) for _, of in lines.groupby(["data", "model"], sort=False)]
 
-# %% ../../nbs/instruments/findings/doses.ipynb #455e5fd9
+# %% ../../nbs/instruments/findings/doses.ipynb #4571d0b6
 _shown = {gap: ("signed gap", "points"), "ece": ("calibration error", "points"), "accuracy": ("accuracy", "points")}
 
 def _caption(lines):
@@ -123,3 +124,17 @@ def dose_figure(studies):
     if recorded is None or not ladders(recorded.runs["regularizer"]): return None
     known = {name: label for name, label in _shown.items() if name in recorded.runs}
     return figures.doses(recorded.runs, known, _caption(calibrating(recorded.runs)))
+
+# %% ../../nbs/instruments/findings/doses.ipynb #c891664c
+_rows = {"strength": ("strength", ""), "ece": ("calibration error there", "points"), "ece_change": ("less that of plain training", "points"),
+         "accuracy_change": ("accuracy there less that of plain training", "points"), "nll": ("negative log-likelihood there", ""),
+         "rival": ("less that of the plain net after one temperature", ""), "log2_break_change": ("mean log₂ of the limits that break, less plain training", "")}
+
+def dose_table(studies):
+    """What is at the dose that calibrates, a `TextTable`; None without the study."""
+    recorded = studies.recorded(study)
+    lines = calibrating(recorded.runs) if recorded is not None else pd.DataFrame()
+    if lines.empty: return None
+    return TextTable(pd.DataFrame([dict(net=net_words(row), regularizer=regularizer_words(row.name), seeds=f"{row.closes} of {row.seeds}") | {
+        words: spelled(getattr(row, column), unit) if closes(row) and hasattr(row, column) else "–" for column, (words, unit) in _rows.items()}
+        for row in lines.itertuples()]))

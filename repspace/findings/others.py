@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['study', 'ruler', 'quantities', 'kinds', 'equal_scale', 'scale_sentence', 'own_scale', 'own_sentence', 'answer_others',
-           'scale_figure', 'under', 'corruption_sentence', 'answer_corruptions', 'corruption_figure', 'in_short']
+           'scale_table', 'scale_figure', 'under', 'corruption_sentence', 'answer_corruptions', 'corruption_rows',
+           'corruption_figure', 'in_short']
 
-# %% ../../nbs/instruments/findings/others.ipynb #28789784
+# %% ../../nbs/instruments/findings/others.ipynb #44612e2f
 import numpy as np
 import pandas as pd
 
 from .. import claims, figures
 from ..claims import families
 from ..claims.scale import at_equal_scale
+from ..claims import TextTable
 from ..claims.sentences import net_words
-from .paired import Net, by_sign, named, nets, over_nets, paired, unjudged
+from .paired import Net, by_sign, named, nets, over_nets, paired, spelled, unjudged
 from .questions import Answer, Question, ask
-from ..stats import mean_interval
-from ..vocabulary import capital, regularizer_words
+from ..stats import Interval, mean_interval
+from ..vocabulary import capital, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/others.ipynb #34a60e61
+# %% ../../nbs/instruments/findings/others.ipynb #9ba17358
 study, ruler = "digits-others", "digits-cause"
 
 quantities = {   # column: (what it is called, unit or how it is said, clauses by sign)
@@ -41,7 +43,7 @@ def equal_scale(studies):
     if table.empty: return None
     return table.assign(data=table["model"].map(others.runs.drop_duplicates("model").set_index("model")["data"]))
 
-# %% ../../nbs/instruments/findings/others.ipynb #69555f87
+# %% ../../nbs/instruments/findings/others.ipynb #d3440166
 def _clauses(rows, columns):
     """What each of `columns` says in the rows of a table at equal scale, a list of clauses."""
     known = {column: rows[(rows["column"] == column) & (rows["seeds"] > 1)] for column in columns}
@@ -57,7 +59,7 @@ def scale_sentence(rows, columns=("log2_break", "accuracy")):
     net = net_words(next(rows.itertuples()))
     return f"{net}, compared with logits held at the same length: {_in_sentences(told) or 'nothing is known'}.{note}"
 
-# %% ../../nbs/instruments/findings/others.ipynb #24b2d5ed
+# %% ../../nbs/instruments/findings/others.ipynb #d0115052
 def own_scale(studies):
     """The ledger's rows of digits-others on robustness and accuracy, against plain training; empty where there are none."""
     judged = [one for one in studies if one.name == study]
@@ -72,7 +74,7 @@ def own_sentence(rows):
     told = _clauses(rows, ("log2_break", "accuracy"))
     return f"{net_words(next(rows.itertuples()))}, compared with plain training: {_in_sentences(told)}."
 
-# %% ../../nbs/instruments/findings/others.ipynb #5a6441c9
+# %% ../../nbs/instruments/findings/others.ipynb #e17e69bd
 def _largest(table):
     """(effect, low, high, unit, net) of the largest effect on the limits of what softens no labels; nothing where none is known."""
     known = table[(table["column"] == "log2_break") & (table["seeds"] > 1) & table["regularizer"].map(families.family).ne(families.soft)]
@@ -90,13 +92,22 @@ def answer_others(studies):
 ask(Question("q-others", "What of weight decay, dropout, and other ways of shrinking features?", "others", answer_others,
              f"the study {study}, and {ruler} for its ruler,"))
 
-# %% ../../nbs/instruments/findings/others.ipynb #23e3e0f4
+# %% ../../nbs/instruments/findings/others.ipynb #c55e4933
 def _with_values(table, column):
     """The rows of `table` on `column` that a forest plot can draw."""
     known = table[(table["column"] == column) & (table["seeds"] > 1)]
     known = known.assign(per_seed=[[]] * len(known))   # of the seeds only their interval is at hand
     nets_there = [(net_words(next(of.itertuples())), of) for _, of in known.groupby("model", sort=False)]
     return pd.concat([unjudged(of, net, list(map(regularizer_words, of["regularizer"])), "") for net, of in nets_there] or [known])
+
+def scale_table(studies):
+    """Every effect at equal scale, a `TextTable`; None where records do not tell."""
+    table = equal_scale(studies)
+    if table is None: return None
+    def unit(column): return quantities[column][1] if isinstance(quantities[column][1], str) else ""
+    lines = [dict(net=net_words(row), measure=quantities[row.column][0], regularizer=regularizer_words(row.regularizer), length=number(row.length), seeds=row.seeds,
+                  outside=row.outside, **{"effect [95 %]": spelled(Interval(row.effect, row.low, row.high), unit(row.column), True)}) for row in table.itertuples()]
+    return TextTable(pd.DataFrame(lines))
 
 def scale_figure(studies, column="log2_break"):
     """The effects on `column` at equal scale, a `Figure`; None where records do not tell."""
@@ -107,7 +118,7 @@ def scale_figure(studies, column="log2_break"):
     rows = rows.assign(kind=f"{label}, less that of held logits", unit=unit if isinstance(unit, str) else "")
     return figures.forest(rows, f"{told} Zero is what held logits of the same length do; lines are 95 % intervals.", f"Forest plot at equal scale. {told}")
 
-# %% ../../nbs/instruments/findings/others.ipynb #4e9d9275
+# %% ../../nbs/instruments/findings/others.ipynb #c4dc7bbc
 kinds = {"noise": "noise", "blur": "blur", "contrast": "less contrast", "brightness": "brightness", "jpeg": "JPEG"}
 
 def under(kind, column="accuracy", clean=False):
@@ -127,7 +138,7 @@ def corruption_sentence(net):
         "the calibration error there is": under(None, "ece")}.items()}
     return f"{net.where}: {_in_sentences([f'{words} {told}' for words, told in known.items()])}." if all(known.values()) else ""
 
-# %% ../../nbs/instruments/findings/others.ipynb #34df267b
+# %% ../../nbs/instruments/findings/others.ipynb #00a2437e
 def answer_corruptions(studies):
     """The `Answer` to q-corruptions: a sentence per net; its number is the change of accuracy under corruption on the last, all regularizers."""
     told = {net.where: (net, text) for net in nets(studies, "calibration") if (text := corruption_sentence(net))}
@@ -139,16 +150,19 @@ def answer_corruptions(studies):
 ask(Question("q-corruptions", "What of natural corruptions, not only attacks?", "others", answer_corruptions,
              "records measured today, such as those of digits-confirm,"))
 
+def corruption_rows(found, column="accuracy"):
+    """The change of accuracy, or ece, under each kind of corruption on the nets `found`, as rows for a forest plot."""
+    wanted = {"all five": None} | {words: kind for kind, words in kinds.items()}
+    return pd.concat([unjudged(paired(net.runs, under(kind, column)), net.where, words, f"change of {column}", "points") for net in found for words, kind in wanted.items()])
+
 def corruption_figure(studies):
     """The change of accuracy under each kind of corruption, a `Figure`; None where it was not measured."""
     found = [(net, text) for net in nets(studies, "calibration") if (text := corruption_sentence(net))]
     if not found: return None
-    wanted = {"all five": None} | {words: kind for kind, words in kinds.items()}
-    lines = [unjudged(paired(net.runs, under(kind)), net.where, words, "change of accuracy", "points") for net, _ in found for words, kind in wanted.items()]
     told = " ".join(text for _, text in found)
-    return figures.forest(pd.concat(lines), f"{told} Mean of five severities; points are seeds, lines 95 % intervals.", f"Forest plot of corrupted accuracy. {told}")
+    return figures.forest(corruption_rows([net for net, _ in found]), f"{told} Mean of five severities; points are seeds, lines 95 % intervals.", f"Forest plot of corrupted accuracy. {told}")
 
-# %% ../../nbs/instruments/findings/others.ipynb #c1dca278
+# %% ../../nbs/instruments/findings/others.ipynb #3cda3a21
 def in_short(studies):
     """The chapter in two sentences, by rule; a list of texts."""
     found = {net.where: paired(net.runs, under(None)) for net in nets(studies, "calibration")}
