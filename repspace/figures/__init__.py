@@ -50,7 +50,7 @@ def paired_lines(runs, column, label=None, caption=None):
             shown.append((model, text, f"{short(before)} → {short(after)} (up in "
                          f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
         ax.set_xticks(range(len(others)), [wrapped(regularizer_label(text), 10) for text in others])
-        ax.set(title=label_of(model), xlim=(-0.6, len(others) - 0.4))
+        ax.set(title=wrapped(model, 24), xlim=(-0.6, len(others) - 0.4))
     axes[models[0]].set_ylabel(label or column)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label or column)}, plain → regularized, mean over seeds. {by_model(shown)}"

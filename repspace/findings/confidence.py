@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['rivals', 'overshoot', 'overshoot_sentence', 'gist_of_gap', 'sentence_of', 'gap_now', 'answer_overshoot', 'gap_figure',
-           'rival_sentence', 'refinement_sentence', 'rival_rows', 'rival_figure', 'detection_sentence', 'as_short',
-           'shortened', 'scaling_sentence', 'by_hand_sentence', 'gist_of_scaling', 'answer_scaling', 'in_short']
+           'rival_sentence', 'refinement_sentence', 'rival_rows', 'gist_of_rival', 'rival_figure', 'detection_sentence',
+           'as_short', 'shortened', 'scaling_sentence', 'by_hand_sentence', 'gist_of_scaling', 'answer_scaling',
+           'in_short']
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #fd493f2c
+# %% ../../nbs/instruments/findings/confidence.ipynb #44f63657
 import numpy as np
 import pandas as pd
 
@@ -19,7 +20,7 @@ from .studies import rows
 from ..stats import mean_interval
 from ..vocabulary import capital, number
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #fa0c45f4
+# %% ../../nbs/instruments/findings/confidence.ipynb #4ce29597
 _sides = {"above": "overconfident", "below": "underconfident", "neither": "neither over- nor underconfident"}
 _conclusions = {   # by the sign of the change of the error, and whether the net became less confident for its accuracy
     ("below", True): "less confident and better calibrated", ("below", False): "better calibrated, without being less confident",
@@ -34,7 +35,7 @@ def overshoot(net):
     verdicts = [_conclusions[sign(of.low, of.high), by.high < 0] for of, by in zip(error.itertuples(), moved.itertuples())]
     return after.assign(side=sides, conclusion=verdicts), error.assign(conclusion=verdicts)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #f1e7685d
+# %% ../../nbs/instruments/findings/confidence.ipynb #a54209d6
 def _grouped(frame, by, words, unit="points"):
     """A clause for each value of the column `by` of `frame`: `words(who, value, size)`."""
     said = claims.Said("", "", "", "", unit)
@@ -48,7 +49,7 @@ def overshoot_sentence(net):
     ends = _grouped(error, "conclusion", lambda who, what, much: f"{who} it is {what} (calibration error {much})")
     return f"{net.where}: trained plainly, the net is {start} (signed gap {spelled(plain, 'points', True)}); {'; '.join(sides)}. So, {'; '.join(ends)}."
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #46814635
+# %% ../../nbs/instruments/findings/confidence.ipynb #c2d745dd
 def _of_nets(found, value): return {net.where: paired(net.runs, value) for net in found}
 
 def gist_of_gap(found):
@@ -74,13 +75,13 @@ def answer_overshoot(studies):
 ask(Question("q-overshoot", "Mixup and CutMix can end underconfident: is it better calibrated, or only less confident?", "confidence",
              answer_overshoot, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #1a55da02
+# %% ../../nbs/instruments/findings/confidence.ipynb #c07d2689
 def gap_figure(found):
     """The signed gap of the nets `found`, seed by seed, before and after; the caption says on which side of zero they end."""
     runs = pd.concat([net.runs.assign(model=net.where) for net in found])
     return figures.paired_lines(runs, "confidence_gap", "mean confidence − accuracy", f"{sentence_of(gist_of_gap(found))} Black is plain training; a line is a seed.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #51a096c3
+# %% ../../nbs/instruments/findings/confidence.ipynb #cac9e227
 def _as_it_is(own, plain): return own["nll"] - plain["nll_temperature"]
 def _calibration_part(own, plain): return (own["nll"] - own["nll_temperature"]) - (plain["nll"] - plain["nll_temperature"])
 
@@ -96,7 +97,7 @@ def rival_sentence(net):
     return (f"{net.where}: compared with the plain net after one temperature, the negative log-likelihood is {alone}; "
             f"once the regularized nets have a temperature too, it is {both}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #9902a868
+# %% ../../nbs/instruments/findings/confidence.ipynb #c87d3d30
 def refinement_sentence(net):
     """How the two parts of NLL change: what one temperature mends, and what it does not."""
     mends, not_mends = (by_sign(paired(net.runs, value), {"below": "shrinks {who} (by {size})", "above": "grows {who} (by {size})",
@@ -108,13 +109,21 @@ def rival_rows(found):
     """The three comparisons of `rivals` on the nets `found`, as rows for a forest plot."""
     return pd.concat([unjudged(paired(net.runs, value), net.where, label, "difference of NLL") for net in found for label, value in rivals.items()])
 
+def gist_of_rival(found):
+    """Who has the lower NLL, all nets: two sentences, the rival alone and with a temperature on both; those of which something is known."""
+    alone, both = (over_nets(_of_nets(found, value), {
+        "below": f"every regularizer beats {rival} on {{nets}}", "above": f"{rival} beats every regularizer on {{nets}}",
+        "mixed": f"whether a regularizer beats {rival} depends on which, on {{nets}}", "neither": f"no regularizer is clearly better or worse than {rival} on {{nets}}"})
+        for value, rival in ((_as_it_is, "plain training with one temperature"), (change("nll_temperature"), "plain training")))
+    return [text for text in (alone and f"By negative log-likelihood, {alone}.", both and f"With a temperature on both, {both}.") if text]
+
 def rival_figure(found):
     """The forest plot of `rivals`, whose caption says how they came out."""
-    told = " ".join(rival_sentence(net) for net in found)
+    told = " ".join(gist_of_rival(found))
     return figures.forest(rival_rows(found), f"{told} Left of zero the regularized net is better. Points are seeds, lines 95 % intervals.",
-                          f"Forest plot of negative log-likelihoods. {told}")
+                          f"Forest plot of negative log-likelihoods. {' '.join(map(rival_sentence, found))}")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #e9611489
+# %% ../../nbs/instruments/findings/confidence.ipynb #13c27e40
 _detected = {"auroc_error": ("AUROC", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"}),
              "aurc": ("AURC, where less is better,", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"})}
 
@@ -124,7 +133,7 @@ def detection_sentence(net):
              if (told := by_sign(paired(net.runs, change(column)), words, "points"))]
     return f"{net.where}: {'. '.join(parts)}." if parts else ""
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #31dfdee2
+# %% ../../nbs/instruments/findings/confidence.ipynb #b6f7b868
 def _length(logits, bias):
     """Median norm of the centered logits (N, K) without their biases."""
     free = logits - bias
@@ -140,14 +149,16 @@ def _read(net, run):
     logits = arrays["clean"].astype(float)
     return logits, arrays["labels"], arrays.get("head.bias", np.zeros(logits.shape[1])).astype(float)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #f85782bd
+# %% ../../nbs/instruments/findings/confidence.ipynb #fc5cdb82
 def _scores(logits, labels):
     p = calibration.softmax(logits)
     return calibration.nll(p, labels), calibration.confidence_gap(p, labels)
 
-def shortened(net):
-    """Per regularizer and seed: NLL and signed gap of the trained net, and of the plain one made as short; empty where no logits are kept."""
-    runs, lines = net.runs, []
+def shortened(net, most=10):
+    """Per regularizer and seed: NLL and signed gap of the trained net, and of the plain one made as short; empty where no logits are kept.
+
+    Of the first seeds, `most` of them: each costs some reading."""
+    runs, lines = net.runs[net.runs["seed"].isin(sorted(set(net.runs["seed"]))[:most])], []
     try: plain = {run.seed: _read(net, run) for run in runs[runs["regularizer"] == "none"].itertuples()}
     except ValueError: return pd.DataFrame()   # not kept
     for run in runs[(runs["regularizer"] != "none") & runs["seed"].isin(plain)].itertuples():
@@ -156,7 +167,7 @@ def shortened(net):
         lines.append([run.regularizer, run.seed, *scores])
     return pd.DataFrame(lines, columns=["regularizer", "seed", "nll", "gap", "nll_by_hand", "gap_by_hand"])
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #7e21d321
+# %% ../../nbs/instruments/findings/confidence.ipynb #a9ea4f60
 def _over_seeds(short, value):
     """As `paired`, of a function of the frame that `shortened` gives."""
     return pd.DataFrame([[text, *mean_interval(value(of).to_numpy(float))] for text, of in short.groupby("regularizer", sort=False)],
@@ -166,17 +177,18 @@ def _short_clause(short):
     """What the plain net does when it is made as short as the regularized ones, a clause."""
     by_hand, trained = (size(claims.Said("", "", "", "", "points"), _over_seeds(short, lambda of: of[name]), signed=True) for name in ("gap_by_hand", "gap"))
     told = by_sign(_over_seeds(short, lambda of: of["nll"] - of["nll_by_hand"]), _against)
-    return (f"Made as short as the regularized nets, the plain net has a signed gap of {by_hand}, where they have {trained}; "
+    seeds = short["seed"].nunique()
+    return (f"Made as short as the regularized nets ({seeds} seeds), the plain net has a signed gap of {by_hand}, where they have {trained}; "
             f"compared with it, their negative log-likelihood is {told}.")
 
 def _best_clause(net):
     """The plain net with its features scaled by the best factor against the regularized ones, two clauses; "" where records lack it."""
     best = {label: by_sign(paired(net.runs, lambda own, plain: own[column] - plain[f"{column}_feature_scale"]), _against, unit)
             for column, label, unit in (("nll", "negative log-likelihood", ""), ("ece", "calibration error", "points"))}
-    return " and ".join(f"the {label} is {told}" for label, told in best.items() if told)
+    return "; ".join(f"the {label} is {told}" for label, told in best.items() if told)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #60106156
-_same = {"below": "no, training does more", "above": "no, scaling does more", "neither": "nearly: they are not clearly different", "mixed": "no, it depends on the regularizer"}
+# %% ../../nbs/instruments/findings/confidence.ipynb #0a8aac7d
+_same = {"below": "no, training does more", "above": "no, scaling does more", "neither": "nearly: they are not clearly different", "mixed": "no, but which does more depends on the regularizer"}
 
 def scaling_sentence(net):
     """Scaling by hand against training with soft labels, for calibration; "" where records do not tell."""
@@ -187,7 +199,7 @@ def scaling_sentence(net):
     clause = f" {_short_clause(short)}" if len(short) else ""
     return f"{net.where}, calibration: {verdict}. Compared with the plain net whose features were scaled by its best factor, {best}.{clause}"
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #db81ba40
+# %% ../../nbs/instruments/findings/confidence.ipynb #186f70e6
 def _shortest(runs):
     """(column, in words) of the measured factor nearest to the one by which regularization shortens the logits of `runs`."""
     length = runs.groupby(runs["regularizer"].eq("none"))["centered_logit_norm"].mean() if "centered_logit_norm" in runs else {}
@@ -205,7 +217,7 @@ def by_hand_sentence(net, ledger):
     return (f"{net.where}, robustness: {words}, the plain net predicts the same for {number(np.mean(kept), '%')} of the images, and without biases "
             f"it would for all, so that the same limits break them; trained with soft labels, {'; '.join(trained)}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #bb283110
+# %% ../../nbs/instruments/findings/confidence.ipynb #422f4495
 def _of_net(ledger, net):
     """The rows of `ledger` on the data and model of a `Net`."""
     first = net.runs.iloc[0]
@@ -230,14 +242,10 @@ def answer_scaling(studies):
 ask(Question("q-scaling", "Is scaling features by hand the same as training with soft labels, for calibration and for robustness?", "confidence",
              answer_scaling, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #8955fcde
+# %% ../../nbs/instruments/findings/confidence.ipynb #8f1aebe3
 def in_short(studies):
     """The chapter in three sentences, by rule: the gap after, the rival alone, the rival with a temperature on both; a list of texts."""
     found = nets(studies, "calibration")
     gap = gist_of_gap(found)
-    alone, both = (over_nets(_of_nets(found, value), {"below": f"every regularizer beats {rival} on {{nets}}", "above": f"{rival} beats every regularizer on {{nets}}",
-                                         "mixed": f"against {rival}, it depends on the regularizer on {{nets}}",
-                                         "neither": f"{rival} and the regularizers are not clearly different on {{nets}}"})
-                   for value, rival in ((_as_it_is, "plain training with one temperature"), (change("nll_temperature"), "plain training")))
-    parts = [gap and f"By the signed gap, {gap}.", alone and f"By negative log-likelihood, {alone}.", both and f"With a temperature on both, {both}."]
+    parts = [gap and f"By the signed gap, {gap}.", *gist_of_rival(found)]
     return [part for part in parts if part] or ["No record here tells."]

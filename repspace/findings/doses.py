@@ -6,7 +6,7 @@
 __all__ = ['gap', 'study', 'crossing', 'at_zero', 'calibrating', 'closes', 'dose_clause', 'net_sentence', 'dose_sentences',
            'dose_figure', 'dose_table']
 
-# %% ../../nbs/instruments/findings/doses.ipynb #caa765eb
+# %% ../../nbs/instruments/findings/doses.ipynb #83d86b91
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .paired import sign, spelled
 from ..stats import Interval, mean_interval
 from ..vocabulary import regularizer_words
 
-# %% ../../nbs/instruments/findings/doses.ipynb #36b38bd6
+# %% ../../nbs/instruments/findings/doses.ipynb #823943ed
 gap, study = "confidence_gap", "digits-dose"
 
 def crossing(gaps):
@@ -30,7 +30,7 @@ def crossing(gaps):
     i = int(beyond[0]) - 1
     return i, float(gaps[i] / (gaps[i] - gaps[i + 1]))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #2deaf073
+# %% ../../nbs/instruments/findings/doses.ipynb #106e812c
 _read = ("ece", "accuracy", "nll", "nll_temperature", "log2_break")
 
 def _at(rows, texts, place):
@@ -56,7 +56,7 @@ def at_zero(runs, texts):
         if place: lines.append(_at(rows, there, place) | {"seed": seed})
     return pd.DataFrame(lines), seeds
 
-# %% ../../nbs/instruments/findings/doses.ipynb #f9ff33ff
+# %% ../../nbs/instruments/findings/doses.ipynb #8e2174f2
 def calibrating(runs):
     """A row per model and regularizer of `runs` with several strengths: `closes` (seeds), `seeds`, and an `Interval` of each quantity.
 
@@ -75,7 +75,7 @@ def closes(row):
     """Whether a row of `calibrating` has its dose: at least half of its seeds close, and two."""
     return row.closes >= max(2, row.seeds / 2)
 
-# %% ../../nbs/instruments/findings/doses.ipynb #d2d30f4b
+# %% ../../nbs/instruments/findings/doses.ipynb #7294cc4a
 _moved = {"below": "{} lower", "above": "{} higher", "neither": "about the same ({})"}
 
 def _clause(interval, unit=""):
@@ -92,7 +92,7 @@ def dose_clause(row):
             f"{_clause(row.ece_change, 'points')} and accuracy {_clause(row.accuracy_change, 'points')}, compared with plain training, and the negative "
             f"log-likelihood {_clause(row.rival)}, compared with the plain net after one temperature")
 
-# %% ../../nbs/instruments/findings/doses.ipynb #d236136a
+# %% ../../nbs/instruments/findings/doses.ipynb #90a74807
 def net_sentence(lines):
     """The doses of one net, of whose rows of `calibrating` a frame is given."""
     first = next(lines.itertuples())
@@ -108,7 +108,7 @@ def dose_sentences(studies):
     if lines.empty: return [f"No record here tells; the study {study} would."]
     return [net_sentence(of) for _, of in lines.groupby(["data", "model"], sort=False)]
 
-# %% ../../nbs/instruments/findings/doses.ipynb #4571d0b6
+# %% ../../nbs/instruments/findings/doses.ipynb #a97da049
 _shown = {gap: ("signed gap", "points"), "ece": ("calibration error", "points"), "accuracy": ("accuracy", "points")}
 
 def _caption(lines):
@@ -125,7 +125,7 @@ def dose_figure(studies):
     known = {name: label for name, label in _shown.items() if name in recorded.runs}
     return figures.doses(recorded.runs, known, _caption(calibrating(recorded.runs)))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #c891664c
+# %% ../../nbs/instruments/findings/doses.ipynb #9304a383
 _rows = {"strength": ("strength", ""), "ece": ("calibration error there", "points"), "ece_change": ("less that of plain training", "points"),
          "accuracy_change": ("accuracy there less that of plain training", "points"), "nll": ("negative log-likelihood there", ""),
          "rival": ("less that of the plain net after one temperature", ""), "log2_break_change": ("mean log₂ of the limits that break, less plain training", "")}
