@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strength', 'ladders', 'doses']
 
-# %% ../../nbs/instruments/figures/doses.ipynb #db32726f
+# %% ../../nbs/instruments/figures/doses.ipynb #21bb0572
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -13,7 +13,7 @@ from .. import stats
 from .canvas import Figure, full, ink, label_of, legend, regularizer_label, row_height, subplots, theme
 from ..vocabulary import MODELS, capital, ordered, regularizer_style, units
 
-# %% ../../nbs/instruments/figures/doses.ipynb #47794b1e
+# %% ../../nbs/instruments/figures/doses.ipynb #72a35c9d
 def strength(text):
     """The strength that a regularizer text names, 0 for none: "mixup:0.2" → 0.2."""
     return float(text.partition(":")[2] or 0)
@@ -25,7 +25,7 @@ def ladders(texts):
         by_name.setdefault(text.partition(":")[0], []).append(text)
     return {name: ["none", *sorted(of, key=strength)] for name, of in by_name.items() if len(of) > 1}
 
-# %% ../../nbs/instruments/figures/doses.ipynb #bfc8f769
+# %% ../../nbs/instruments/figures/doses.ipynb #0f5d63b4
 _lines = ("-", "--", "-.", ":")
 
 def _curve(ax, runs, column, texts, factor, line):
@@ -37,7 +37,7 @@ def _curve(ax, runs, column, texts, factor, line):
     ax.plot(x, mean, ls=line, markersize=3.5, **look)
     if np.isfinite(low).all(): ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
 
-# %% ../../nbs/instruments/figures/doses.ipynb #7b6bca41
+# %% ../../nbs/instruments/figures/doses.ipynb #d7f5f9f6
 @theme()
 def doses(runs, columns, caption, alt=None):
     """Curves of `columns`, {name: (label, unit)}, over the strength, a row of panels each; a panel per regularizer, a line per model.
@@ -49,7 +49,7 @@ def doses(runs, columns, caption, alt=None):
     for row, (column, (label, unit)) in zip(axes, columns.items()):
         for ax, texts in zip(row, by_name.values()):
             for model, line in zip(models, _lines): _curve(ax, runs[runs["model"] == model], column, texts, units[unit][0], line)
-            ax.axhline(0, color=ink, lw=0.6, alpha=0.5)
+            if runs[column].min() < 0 < runs[column].max(): ax.axhline(0, color=ink, lw=0.6, alpha=0.5)
         row[0].set_ylabel(f"{label_of(label)}{unit and f', {unit}'}")
     for top, bottom, (name, texts) in zip(axes[0], axes[-1], by_name.items()):
         top.set_title(capital(regularizer_label(name)))

@@ -6,7 +6,7 @@
 __all__ = ['gap', 'study', 'crossing', 'at_zero', 'calibrating', 'closes', 'dose_clause', 'net_sentence', 'dose_sentences',
            'dose_figure', 'dose_table']
 
-# %% ../../nbs/instruments/findings/doses.ipynb #83d86b91
+# %% ../../nbs/instruments/findings/doses.ipynb #0327eddf
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .paired import sign, spelled
 from ..stats import Interval, mean_interval
 from ..vocabulary import regularizer_words
 
-# %% ../../nbs/instruments/findings/doses.ipynb #823943ed
+# %% ../../nbs/instruments/findings/doses.ipynb #8a8636fc
 gap, study = "confidence_gap", "digits-dose"
 
 def crossing(gaps):
@@ -30,7 +30,7 @@ def crossing(gaps):
     i = int(beyond[0]) - 1
     return i, float(gaps[i] / (gaps[i] - gaps[i + 1]))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #106e812c
+# %% ../../nbs/instruments/findings/doses.ipynb #db87e546
 _read = ("ece", "accuracy", "nll", "nll_temperature", "log2_break")
 
 def _at(rows, texts, place):
@@ -56,7 +56,7 @@ def at_zero(runs, texts):
         if place: lines.append(_at(rows, there, place) | {"seed": seed})
     return pd.DataFrame(lines), seeds
 
-# %% ../../nbs/instruments/findings/doses.ipynb #8e2174f2
+# %% ../../nbs/instruments/findings/doses.ipynb #773d2528
 def calibrating(runs):
     """A row per model and regularizer of `runs` with several strengths: `closes` (seeds), `seeds`, and an `Interval` of each quantity.
 
@@ -75,24 +75,25 @@ def closes(row):
     """Whether a row of `calibrating` has its dose: at least half of its seeds close, and two."""
     return row.closes >= max(2, row.seeds / 2)
 
-# %% ../../nbs/instruments/findings/doses.ipynb #7294cc4a
+# %% ../../nbs/instruments/findings/doses.ipynb #bd19f5f5
 _moved = {"below": "{} lower", "above": "{} higher", "neither": "about the same ({})"}
+_at_most = {"below": "{} lower", "above": "at most {} higher", "neither": "about the same or lower (at most {})"}
 
-def _clause(interval, unit=""):
+def _clause(interval, unit="", words=_at_most):
     """How a change came out: "1.00 points [0.90, 1.10] lower"."""
     where = sign(*interval[1:])
     mirrored = Interval(-interval.mean, -interval.high, -interval.low) if where == "below" else interval
-    return _moved[where].format(spelled(mirrored, unit, where == "neither"))
+    return words[where].format(spelled(mirrored, unit, where == "neither"))
 
 def dose_clause(row):
     """At which strength a row of `calibrating` is calibrated in the mean, and what is there."""
     words = regularizer_words(row.name)
     if not closes(row): return f"no strength of {words} that was run closes it in half of the seeds ({row.closes} of {row.seeds})"
     return (f"{words} closes it at {spelled(row.strength)} (in {row.closes} of {row.seeds} seeds), where the calibration error is "
-            f"{_clause(row.ece_change, 'points')} and accuracy {_clause(row.accuracy_change, 'points')}, compared with plain training, and the negative "
+            f"{_clause(row.ece_change, 'points')} and accuracy {_clause(row.accuracy_change, 'points', _moved)}, compared with plain training, and the negative "
             f"log-likelihood {_clause(row.rival)}, compared with the plain net after one temperature")
 
-# %% ../../nbs/instruments/findings/doses.ipynb #90a74807
+# %% ../../nbs/instruments/findings/doses.ipynb #3a92a99a
 def net_sentence(lines):
     """The doses of one net, of whose rows of `calibrating` a frame is given."""
     first = next(lines.itertuples())
@@ -108,7 +109,7 @@ def dose_sentences(studies):
     if lines.empty: return [f"No record here tells; the study {study} would."]
     return [net_sentence(of) for _, of in lines.groupby(["data", "model"], sort=False)]
 
-# %% ../../nbs/instruments/findings/doses.ipynb #a97da049
+# %% ../../nbs/instruments/findings/doses.ipynb #625807bd
 _shown = {gap: ("signed gap", "points"), "ece": ("calibration error", "points"), "accuracy": ("accuracy", "points")}
 
 def _caption(lines):
@@ -125,7 +126,7 @@ def dose_figure(studies):
     known = {name: label for name, label in _shown.items() if name in recorded.runs}
     return figures.doses(recorded.runs, known, _caption(calibrating(recorded.runs)))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #9304a383
+# %% ../../nbs/instruments/findings/doses.ipynb #e3ce4ba9
 _rows = {"strength": ("strength", ""), "ece": ("calibration error there", "points"), "ece_change": ("less that of plain training", "points"),
          "accuracy_change": ("accuracy there less that of plain training", "points"), "nll": ("negative log-likelihood there", ""),
          "rival": ("less that of the plain net after one temperature", ""), "log2_break_change": ("mean log₂ of the limits that break, less plain training", "")}

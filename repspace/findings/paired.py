@@ -6,7 +6,7 @@
 __all__ = ['Net', 'nets', 'paired', 'change', 'named', 'sign', 'spelled', 'by_sign', 'pattern', 'over_nets', 'bullets', 'table',
            'unjudged']
 
-# %% ../../nbs/instruments/findings/paired.ipynb #2181c217
+# %% ../../nbs/instruments/findings/paired.ipynb #f5b10b1a
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from .studies import rows
 from ..stats import Interval, mean_interval
 from ..vocabulary import listed, ordered, regularizer_words
 
-# %% ../../nbs/instruments/findings/paired.ipynb #6eb5b484
+# %% ../../nbs/instruments/findings/paired.ipynb #d95b9c30
 class Net(NamedTuple):
     """A net: `where`, in words, the study that speaks for it (`Judged`), and its plain and regularized `runs` there."""
     where: str
@@ -38,7 +38,7 @@ def nets(studies, claim_id):
         found.append(Net(where(next(of.itertuples())), by_name[name], runs[chosen]))
     return found
 
-# %% ../../nbs/instruments/findings/paired.ipynb #f6312e1d
+# %% ../../nbs/instruments/findings/paired.ipynb #59e96304
 def paired(runs, value):
     """What `value(own, plain)`, two frames by seed, gives per seed (Series): a row per regularizer in `runs`.
 
@@ -56,7 +56,7 @@ def change(column):
     """The function for `paired` that gives the change of a column."""
     return lambda own, plain: own[column] - plain[column]
 
-# %% ../../nbs/instruments/findings/paired.ipynb #8fb7e8aa
+# %% ../../nbs/instruments/findings/paired.ipynb #40b6671b
 def named(texts, among):
     """`texts` in words: "with all three", "with weight decay 0.001 and 0.01"; `among`: those that there are."""
     by_name = {}
@@ -70,7 +70,7 @@ def _with_strengths(name, texts):
     strengths = "/".join(f"{strength(text):g}" for text in sorted(texts, key=strength) if ":" in text)
     return f"{regularizer_words(name)} {strengths}".strip()
 
-# %% ../../nbs/instruments/findings/paired.ipynb #9a81e301
+# %% ../../nbs/instruments/findings/paired.ipynb #3c2a75d3
 def sign(low, high):
     """Where an interval lies: "below" zero, "above" it, or "neither"."""
     return "below" if high < 0 else "above" if low > 0 else "neither"
@@ -93,7 +93,7 @@ def by_sign(effects, words, unit="", absolute=True):
         clauses.append(words[name].format(who=named(of_sign["regularizer"], of["regularizer"]), size=told))
     return "; ".join(clauses)
 
-# %% ../../nbs/instruments/findings/paired.ipynb #93e369ad
+# %% ../../nbs/instruments/findings/paired.ipynb #19b90479
 def pattern(effects):
     """"below", "above" or "neither" where all rows of `effects` are that, else "mixed"."""
     signs = {sign(row.low, row.high) for row in effects.itertuples()}
@@ -106,7 +106,7 @@ def over_nets(effects_of, words):
         if len(effects): by_pattern.setdefault(pattern(effects), []).append(net)
     return "; ".join(words[name].format(nets=listed(by_pattern[name])) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
 
-# %% ../../nbs/instruments/findings/paired.ipynb #b304a0dc
+# %% ../../nbs/instruments/findings/paired.ipynb #afb8cd73
 def bullets(sentences):
     """Those of `sentences` that say something, as a list in `Markdown`."""
     return joined(Markdown("- {}", text) for text in sentences if text)
@@ -117,7 +117,7 @@ def table(rows):
                  **{"effect [95 %]": spelled(Interval(row.effect, row.low, row.high), row.unit, True)}) for row in rows.itertuples()]
     return TextTable(pd.DataFrame(said))
 
-# %% ../../nbs/instruments/findings/paired.ipynb #4c8f83b7
+# %% ../../nbs/instruments/findings/paired.ipynb #1ba007d5
 def unjudged(effects, net, label, kind, unit=""):
     """`effects` as rows for `figures.forest`: a column `net`, a `label`, and what stands below the axis."""
     return effects.assign(net=net, label=label, kind=kind, unit=unit, low_bound=np.nan, high_bound=np.nan, claimed="", verdict="")
