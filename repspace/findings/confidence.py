@@ -8,19 +8,19 @@ __all__ = ['rivals', 'overshoot', 'overshoot_sentence', 'gist_of_gap', 'sentence
            'as_short', 'shortened', 'scaling_sentence', 'by_hand_sentence', 'gist_of_scaling', 'answer_scaling',
            'in_short']
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #5fc48015
+# %% ../../nbs/instruments/findings/confidence.ipynb #c8e14b2f
 import numpy as np
 import pandas as pd
 
 from .. import calibration, claims, figures
 from ..claims.sentences import size
-from .paired import Net, by_sign, change, named, nets, over_nets, paired, pattern, sign, spelled, unjudged
+from .paired import Net, by_sign, change, named, nets, over_nets, paired, pattern, per_net, sign, spelled, unjudged
 from .questions import Answer, Question, ask
 from .studies import rows
 from ..stats import mean_interval
 from ..vocabulary import capital, number
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #4a2be2bc
+# %% ../../nbs/instruments/findings/confidence.ipynb #7695cc96
 _sides = {"above": "overconfident", "below": "underconfident", "neither": "neither over- nor underconfident"}
 _conclusions = {   # by the sign of the change of the error, and whether the net became less confident for its accuracy
     ("below", True): "less confident and better calibrated", ("below", False): "better calibrated, without being less confident",
@@ -35,7 +35,7 @@ def overshoot(net):
     verdicts = [_conclusions[sign(of.low, of.high), by.high < 0] for of, by in zip(error.itertuples(), moved.itertuples())]
     return after.assign(side=sides, conclusion=verdicts), error.assign(conclusion=verdicts)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #2ccc2005
+# %% ../../nbs/instruments/findings/confidence.ipynb #09dbfae5
 def _grouped(frame, by, words, unit="points"):
     """A clause for each value of the column `by` of `frame`: `words(who, value, size)`."""
     said = claims.Said("", "", "", "", unit)
@@ -49,7 +49,7 @@ def overshoot_sentence(net):
     ends = _grouped(error, "conclusion", lambda who, what, much: f"{who} it is {what} (calibration error {much})")
     return f"{net.where}: trained plainly, the net is {start} (signed gap {spelled(plain, 'points', True)}); {'; '.join(sides)}. So, {'; '.join(ends)}."
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #745acae2
+# %% ../../nbs/instruments/findings/confidence.ipynb #6dfbc2c8
 def _of_nets(found, value): return {net.where: paired(net.runs, value) for net in found}
 
 def gist_of_gap(found):
@@ -75,13 +75,13 @@ def answer_overshoot(studies):
 ask(Question("q-overshoot", "Mixup and CutMix can end underconfident: is it better calibrated, or only less confident?", "confidence",
              answer_overshoot, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #9506d871
+# %% ../../nbs/instruments/findings/confidence.ipynb #e4ea6c42
 def gap_figure(found):
     """The signed gap of the nets `found`, seed by seed, before and after; the caption says on which side of zero they end."""
     runs = pd.concat([net.runs.assign(model=net.where) for net in found])
     return figures.paired_lines(runs, "confidence_gap", "mean confidence − accuracy", f"{sentence_of(gist_of_gap(found))} Black is plain training; a line is a seed.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #020eda96
+# %% ../../nbs/instruments/findings/confidence.ipynb #2de7653f
 def _as_it_is(own, plain): return own["nll"] - plain["nll_temperature"]
 def _calibration_part(own, plain): return (own["nll"] - own["nll_temperature"]) - (plain["nll"] - plain["nll_temperature"])
 
@@ -97,7 +97,7 @@ def rival_sentence(net):
     return (f"{net.where}: compared with the plain net after one temperature, the negative log-likelihood is {alone}; "
             f"once the regularized nets have a temperature too, it is {both}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #0b41cf1b
+# %% ../../nbs/instruments/findings/confidence.ipynb #b556ba23
 def refinement_sentence(net):
     """How the two parts of NLL change: what one temperature mends, and what it does not."""
     mends, not_mends = (by_sign(paired(net.runs, value), {"below": "shrinks {who} (by {size})", "above": "grows {who} (by {size})",
@@ -123,7 +123,7 @@ def rival_figure(found):
     return figures.forest(rival_rows(found), f"{told} Left of zero the regularized net is better. Points are seeds, lines 95 % intervals.",
                           f"Forest plot of negative log-likelihoods. {' '.join(map(rival_sentence, found))}")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #d806df09
+# %% ../../nbs/instruments/findings/confidence.ipynb #9823f921
 _detected = {"auroc_error": ("AUROC", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"}),
              "aurc": ("AURC, where less is better,", {"below": "falls {who} (by {size})", "above": "rises {who} (by {size})", "neither": "hardly changes {who} ({size})"})}
 
@@ -133,7 +133,7 @@ def detection_sentence(net):
              if (told := by_sign(paired(net.runs, change(column)), words, "points"))]
     return f"{net.where}: {'. '.join(parts)}." if parts else ""
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #cc55f83d
+# %% ../../nbs/instruments/findings/confidence.ipynb #4d79acc6
 def _length(logits, bias):
     """Median norm of the centered logits (N, K) without their biases."""
     free = logits - bias
@@ -149,7 +149,7 @@ def _read(net, run):
     logits = arrays["clean"].astype(float)
     return logits, arrays["labels"], arrays.get("head.bias", np.zeros(logits.shape[1])).astype(float)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #1ecce4a1
+# %% ../../nbs/instruments/findings/confidence.ipynb #5eb9e705
 def _scores(logits, labels):
     p = calibration.softmax(logits)
     return calibration.nll(p, labels), calibration.confidence_gap(p, labels)
@@ -167,7 +167,7 @@ def shortened(net, most=10):
         lines.append([run.regularizer, run.seed, *scores])
     return pd.DataFrame(lines, columns=["regularizer", "seed", "nll", "gap", "nll_by_hand", "gap_by_hand"])
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #cb81a5e9
+# %% ../../nbs/instruments/findings/confidence.ipynb #8a7e676a
 def _over_seeds(short, value):
     """As `paired`, of a function of the frame that `shortened` gives."""
     return pd.DataFrame([[text, *mean_interval(value(of).to_numpy(float))] for text, of in short.groupby("regularizer", sort=False)],
@@ -187,7 +187,7 @@ def _best_clause(net):
             for column, label, unit in (("nll", "negative log-likelihood", ""), ("ece", "calibration error", "points"))}
     return "; ".join(f"the {label} is {told}" for label, told in best.items() if told)
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #29eaa06a
+# %% ../../nbs/instruments/findings/confidence.ipynb #7c85c076
 _same = {"below": "no, training does more", "above": "no, scaling does more", "neither": "nearly: they are not clearly different", "mixed": "no, but which does more depends on the regularizer"}
 
 def scaling_sentence(net):
@@ -199,7 +199,7 @@ def scaling_sentence(net):
     clause = f" {_short_clause(short)}" if len(short) else ""
     return f"{net.where}, calibration: {verdict}. Compared with the plain net whose features were scaled by its best factor, {best}.{clause}"
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #b85d3dfd
+# %% ../../nbs/instruments/findings/confidence.ipynb #614ee191
 def _shortest(runs):
     """(column, in words) of the measured factor nearest to the one by which regularization shortens the logits of `runs`."""
     length = runs.groupby(runs["regularizer"].eq("none"))["centered_logit_norm"].mean() if "centered_logit_norm" in runs else {}
@@ -217,7 +217,7 @@ def by_hand_sentence(net, ledger):
     return (f"{net.where}, robustness: {words}, the plain net predicts the same for {number(np.mean(kept), '%')} of the images, and without biases "
             f"it would for all, so that the same limits break them; trained with soft labels, {'; '.join(trained)}.")
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #61cce5a2
+# %% ../../nbs/instruments/findings/confidence.ipynb #3780b76f
 def _of_net(ledger, net):
     """The rows of `ledger` on the data and model of a `Net`."""
     first = net.runs.iloc[0]
@@ -235,14 +235,15 @@ def answer_scaling(studies):
     found = nets(studies, "scaling")
     if not found: return None
     ledger = rows(studies, "robustness")
-    told = [text for net in found for text in (scaling_sentence(net), by_hand_sentence(net, _of_net(ledger, net))) if text]
+    told = [*filter(None, map(scaling_sentence, found)),
+            *per_net(found, lambda net: by_hand_sentence(net, _of_net(ledger, net)), "what robustness is judged by")]
     interval, where = gap_now(found, lambda own, plain: own["nll"] - plain["nll_feature_scale"])
     return Answer([gist_of_scaling(found), *told], *interval, "", where)
 
 ask(Question("q-scaling", "Is scaling features by hand the same as training with soft labels, for calibration and for robustness?", "confidence",
              answer_scaling, "a study with plain and regularized nets, such as digits-confirm,"))
 
-# %% ../../nbs/instruments/findings/confidence.ipynb #bae9f5fb
+# %% ../../nbs/instruments/findings/confidence.ipynb #f804ee85
 def in_short(studies):
     """The chapter in three sentences, by rule: the gap after, the rival alone, the rival with a temperature on both; a list of texts."""
     found = nets(studies, "calibration")

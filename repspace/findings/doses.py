@@ -6,7 +6,7 @@
 __all__ = ['gap', 'study', 'crossing', 'at_zero', 'calibrating', 'closes', 'dose_clause', 'net_sentence', 'dose_sentences',
            'dose_figure', 'dose_table']
 
-# %% ../../nbs/instruments/findings/doses.ipynb #0327eddf
+# %% ../../nbs/instruments/findings/doses.ipynb #065fdb1d
 import numpy as np
 import pandas as pd
 
@@ -18,7 +18,7 @@ from .paired import sign, spelled
 from ..stats import Interval, mean_interval
 from ..vocabulary import regularizer_words
 
-# %% ../../nbs/instruments/findings/doses.ipynb #8a8636fc
+# %% ../../nbs/instruments/findings/doses.ipynb #567808d9
 gap, study = "confidence_gap", "digits-dose"
 
 def crossing(gaps):
@@ -30,7 +30,7 @@ def crossing(gaps):
     i = int(beyond[0]) - 1
     return i, float(gaps[i] / (gaps[i] - gaps[i + 1]))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #db87e546
+# %% ../../nbs/instruments/findings/doses.ipynb #d7c272db
 _read = ("ece", "accuracy", "nll", "nll_temperature", "log2_break")
 
 def _at(rows, texts, place):
@@ -56,7 +56,7 @@ def at_zero(runs, texts):
         if place: lines.append(_at(rows, there, place) | {"seed": seed})
     return pd.DataFrame(lines), seeds
 
-# %% ../../nbs/instruments/findings/doses.ipynb #773d2528
+# %% ../../nbs/instruments/findings/doses.ipynb #027e4fbe
 def calibrating(runs):
     """A row per model and regularizer of `runs` with several strengths: `closes` (seeds), `seeds`, and an `Interval` of each quantity.
 
@@ -75,7 +75,7 @@ def closes(row):
     """Whether a row of `calibrating` has its dose: at least half of its seeds close, and two."""
     return row.closes >= max(2, row.seeds / 2)
 
-# %% ../../nbs/instruments/findings/doses.ipynb #bd19f5f5
+# %% ../../nbs/instruments/findings/doses.ipynb #2aae7422
 _moved = {"below": "{} lower", "above": "{} higher", "neither": "about the same ({})"}
 _at_most = {"below": "{} lower", "above": "at most {} higher", "neither": "about the same or lower (at most {})"}
 
@@ -93,7 +93,7 @@ def dose_clause(row):
             f"{_clause(row.ece_change, 'points')} and accuracy {_clause(row.accuracy_change, 'points', _moved)}, compared with plain training, and the negative "
             f"log-likelihood {_clause(row.rival)}, compared with the plain net after one temperature")
 
-# %% ../../nbs/instruments/findings/doses.ipynb #3a92a99a
+# %% ../../nbs/instruments/findings/doses.ipynb #611344c7
 def net_sentence(lines):
     """The doses of one net, of whose rows of `calibrating` a frame is given."""
     first = next(lines.itertuples())
@@ -109,7 +109,7 @@ def dose_sentences(studies):
     if lines.empty: return [f"No record here tells; the study {study} would."]
     return [net_sentence(of) for _, of in lines.groupby(["data", "model"], sort=False)]
 
-# %% ../../nbs/instruments/findings/doses.ipynb #625807bd
+# %% ../../nbs/instruments/findings/doses.ipynb #d677cc46
 _shown = {gap: ("signed gap", "points"), "ece": ("calibration error", "points"), "accuracy": ("accuracy", "points")}
 
 def _caption(lines):
@@ -126,7 +126,7 @@ def dose_figure(studies):
     known = {name: label for name, label in _shown.items() if name in recorded.runs}
     return figures.doses(recorded.runs, known, _caption(calibrating(recorded.runs)))
 
-# %% ../../nbs/instruments/findings/doses.ipynb #e3ce4ba9
+# %% ../../nbs/instruments/findings/doses.ipynb #dc85c915
 _rows = {"strength": ("strength", ""), "ece": ("calibration error there", "points"), "ece_change": ("less that of plain training", "points"),
          "accuracy_change": ("accuracy there less that of plain training", "points"), "nll": ("negative log-likelihood there", ""),
          "rival": ("less that of the plain net after one temperature", ""), "log2_break_change": ("mean log₂ of the limits that break, less plain training", "")}

@@ -7,7 +7,7 @@ __all__ = ['study', 'ruler', 'quantities', 'kinds', 'equal_scale', 'scale_senten
            'answer_others', 'scale_table', 'scale_figure', 'under', 'corruption_sentence', 'answer_corruptions',
            'gist_of_corruptions', 'corruption_rows', 'corruption_figure', 'in_short']
 
-# %% ../../nbs/instruments/findings/others.ipynb #3f8520c0
+# %% ../../nbs/instruments/findings/others.ipynb #463c4d71
 import numpy as np
 import pandas as pd
 
@@ -16,12 +16,12 @@ from ..claims import families
 from ..claims.scale import at_equal_scale
 from ..claims import TextTable
 from ..claims.sentences import net_words
-from .paired import Net, by_sign, named, nets, over_nets, paired, spelled, unjudged
+from .paired import Net, by_sign, named, nets, over_nets, paired, per_net, spelled, unjudged
 from .questions import Answer, Question, ask
 from ..stats import Interval, mean_interval
 from ..vocabulary import capital, number, regularizer_words
 
-# %% ../../nbs/instruments/findings/others.ipynb #9eec2d07
+# %% ../../nbs/instruments/findings/others.ipynb #f138f0da
 study, ruler = "digits-others", "digits-cause"
 
 quantities = {   # column: (what it is called, unit or how it is said, clauses by sign)
@@ -43,7 +43,7 @@ def equal_scale(studies):
     if table.empty: return None
     return table.assign(data=table["model"].map(others.runs.drop_duplicates("model").set_index("model")["data"]))
 
-# %% ../../nbs/instruments/findings/others.ipynb #dd842189
+# %% ../../nbs/instruments/findings/others.ipynb #f0b6b81a
 def _clauses(rows, columns):
     """What each of `columns` says in the rows of a table at equal scale, a list of clauses."""
     known = {column: rows[(rows["column"] == column) & (rows["seeds"] > 1)] for column in columns}
@@ -59,7 +59,7 @@ def scale_sentence(rows, columns=("log2_break", "accuracy")):
     net = net_words(next(rows.itertuples()))
     return f"{net}, compared with logits held at the same length: {_in_sentences(told) or 'nothing is known'}.{note}"
 
-# %% ../../nbs/instruments/findings/others.ipynb #24527505
+# %% ../../nbs/instruments/findings/others.ipynb #4bedba9b
 def own_scale(studies):
     """The ledger's rows of digits-others on robustness and accuracy, against plain training; empty where there are none."""
     judged = [one for one in studies if one.name == study]
@@ -74,7 +74,7 @@ def own_sentence(rows):
     told = _clauses(rows, ("log2_break", "accuracy"))
     return f"{net_words(next(rows.itertuples()))}, compared with plain training: {_in_sentences(told)}."
 
-# %% ../../nbs/instruments/findings/others.ipynb #8492c306
+# %% ../../nbs/instruments/findings/others.ipynb #88a9701c
 def gist_of_scale(table):
     """What other ways of shrinking do to the limits that break an image, at equal scale, all nets in one sentence; "" where nothing is known."""
     shrinks = table["regularizer"].map(lambda text: "shrink" in families.roles(text))
@@ -104,7 +104,7 @@ def answer_others(studies):
 ask(Question("q-others", "What of weight decay, dropout, and other ways of shrinking features?", "others", answer_others,
              f"the study {study}, and {ruler} for its ruler,"))
 
-# %% ../../nbs/instruments/findings/others.ipynb #9f08b349
+# %% ../../nbs/instruments/findings/others.ipynb #fd6677de
 def _with_values(table, column):
     """The rows of `table` on `column` that a forest plot can draw."""
     known = table[(table["column"] == column) & (table["seeds"] > 1)]
@@ -130,7 +130,7 @@ def scale_figure(studies, column="log2_break"):
     rows = rows.assign(kind=figures.wrapped(f"{label}, less held logits", 36), unit=unit if isinstance(unit, str) else "")
     return figures.forest(rows, f"{told} Zero is what held logits of the same length do; lines are 95 % intervals.", f"Forest plot at equal scale. {told}")
 
-# %% ../../nbs/instruments/findings/others.ipynb #4d641864
+# %% ../../nbs/instruments/findings/others.ipynb #6b9756dc
 kinds = {"noise": "noise", "blur": "blur", "contrast": "less contrast", "brightness": "brightness", "jpeg": "JPEG"}
 
 def under(kind, column="accuracy", clean=False):
@@ -150,15 +150,16 @@ def corruption_sentence(net):
         "the calibration error there is": under(None, "ece")}.items()}
     return f"{net.where}: {_in_sentences([f'{words} {told}' for words, told in known.items()])}." if all(known.values()) else ""
 
-# %% ../../nbs/instruments/findings/others.ipynb #39383754
+# %% ../../nbs/instruments/findings/others.ipynb #10dc5e3e
 def answer_corruptions(studies):
     """The `Answer` to q-corruptions: a sentence per net; its number is the change of accuracy under corruption on the last, all regularizers."""
-    told = {net.where: (net, text) for net in nets(studies, "calibration") if (text := corruption_sentence(net))}
-    if not told: return None
-    *_, (net, _) = told.values()
+    found = nets(studies, "calibration")
+    known = [net for net in found if corruption_sentence(net)]
+    if not known: return None
+    net = known[-1]
     per_seed = pd.concat(paired(net.runs, under(None))["per_seed"].tolist(), axis=1).mean(axis=1)
-    gist = f"Under corruptions, {gist_of_corruptions([of for of, _ in told.values()])}."
-    return Answer([gist, *(text for _, text in told.values())], *mean_interval(per_seed), "points", net.where)
+    gist = f"Under corruptions, {gist_of_corruptions(known)}."
+    return Answer([gist, *per_net(found, corruption_sentence, "corruptions")], *mean_interval(per_seed), "points", net.where)
 
 ask(Question("q-corruptions", "What of natural corruptions, not only attacks?", "others", answer_corruptions,
              "records measured today, such as those of digits-confirm,"))
@@ -182,7 +183,7 @@ def corruption_figure(studies):
     return figures.forest(corruption_rows([net for net, _ in found]), f"{told} Means of five severities; points are seeds, lines 95 % intervals.",
                           f"Forest plot of corrupted accuracy. {' '.join(text for _, text in found)}")
 
-# %% ../../nbs/instruments/findings/others.ipynb #3a0b577a
+# %% ../../nbs/instruments/findings/others.ipynb #5d76ce8b
 def in_short(studies):
     """The chapter in two sentences, by rule; a list of texts."""
     corrupted = gist_of_corruptions(nets(studies, "calibration"))
