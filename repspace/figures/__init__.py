@@ -6,8 +6,13 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
+<<<<<<< HEAD
            'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'relations', 'scorecard',
            'strip']
+=======
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest',
+           'scorecard', 'strip']
+>>>>>>> chapB
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -20,15 +25,23 @@ from .. import calibration, claims, records, stats
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
+<<<<<<< HEAD
 from .relations import relations
+=======
+from .doses import doses
+>>>>>>> chapB
 from .regions import class_colors, plane_regions, planes
-from .verdicts import effects, scorecard, strip
+from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
+<<<<<<< HEAD
          "plane_regions", "planes", "effects", "relations", "scorecard", "strip"]
+=======
+         "plane_regions", "planes", "doses", "effects", "forest", "scorecard", "strip"]
+>>>>>>> chapB
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
@@ -50,7 +63,7 @@ def paired_lines(runs, column, label=None, caption=None):
             shown.append((model, text, f"{short(before)} → {short(after)} (up in "
                          f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
         ax.set_xticks(range(len(others)), [wrapped(regularizer_label(text), 10) for text in others])
-        ax.set(title=label_of(model), xlim=(-0.6, len(others) - 0.4))
+        ax.set(title=wrapped(model, 24), xlim=(-0.6, len(others) - 0.4))
     axes[models[0]].set_ylabel(label or column)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label or column)}, plain → regularized, mean over seeds. {by_model(shown)}"
