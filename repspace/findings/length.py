@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LENGTHS', 'lengths', 'seen_more', 'clean_statistics', 'floor', 'grown', 'trained', 'in_short']
 
-# %% ../../nbs/instruments/findings/length.ipynb #bf11288a
+# %% ../../nbs/instruments/findings/length.ipynb #c4f1c794
 import numpy as np
 
 from .. import stats
@@ -15,7 +15,7 @@ from .secondary import by_net, by_regularizer, grouped, mean_by, record_of, sign
 from ..figures import training
 from ..vocabulary import MODELS, capital, listed, number
 
-# %% ../../nbs/instruments/findings/length.ipynb #b61a3de2
+# %% ../../nbs/instruments/findings/length.ipynb #dcdda4ee
 LENGTHS = {"rms": "RMS", "span_norm": "the norm in the span", "logit_scale": "the logit scale",
            "centered_logit_norm": "the norm of centered logits"}
 
@@ -37,7 +37,7 @@ def _against(effects):
         yield (f"{who([text], [*whole, 'none'])}, the whole vector gets {ways[0]} ({words(whole[text], '%')}) while its part in the span, all that a "
                f"softmax sees, gets {ways[1]} ({words(span[text], '%')})")
 
-# %% ../../nbs/instruments/findings/length.ipynb #8dd8054f
+# %% ../../nbs/instruments/findings/length.ipynb #96c3b9a6
 def _more(rows):
     """{regularizer: interval} of the change of the logit scale less that of RMS, seed by seed."""
     of = {name: {row.regularizer: row.per_seed for row in rows[rows["measure"] == name].itertuples()} for name in ("rms", "logit_scale")}
@@ -54,7 +54,7 @@ def seen_more(ledger):
     where = f"but for {listed(less)}" if less else "on every net and with every regularizer"
     return f"Logits shrink more than vectors, by {spread(shrink, 'points', signed=False)} more, {where}."
 
-# %% ../../nbs/instruments/findings/length.ipynb #50efeeb2
+# %% ../../nbs/instruments/findings/length.ipynb #d382c282
 _turns = {1: "the sign stays", -1: "the sign turns round", 0: "one of the two cannot be told from no change"}
 
 def clean_statistics(ledger):
@@ -67,7 +67,7 @@ def clean_statistics(ledger):
         if clauses: sentences.append(Sentence(net, "; ".join(clauses)))
     return sentences
 
-# %% ../../nbs/instruments/findings/length.ipynb #a1c3afda
+# %% ../../nbs/instruments/findings/length.ipynb #c24531eb
 def floor(ledger):
     """How near training came to the smallest loss, and what the ratio then says, from the rows of `finite-norm`: `Sentence`s."""
     sentences = []
@@ -84,7 +84,7 @@ def _at_floor(excess, ratio, norm):
     if excess.mean > computed.floor: return f"{above}: too far for the question to arise"
     return f"{above}, where vectors can hardly be elsewhere: that they end at {words(ratio, signed=False)} times the length is nearly an identity"
 
-# %% ../../nbs/instruments/findings/length.ipynb #51e32ffd
+# %% ../../nbs/instruments/findings/length.ipynb #68f1204b
 def _last(group):
     """The interval of the last epoch's norm in the span over the runs of `group`; None where their history lacks it."""
     ends = [history["span_norm"][-1] for history in group["history"] if history and history.get("span_norm")]
@@ -109,11 +109,11 @@ def trained(study):
     caption = f"{grown(study.runs)} Dashed: what the final head's loss asks for; bands are 95 % intervals over seeds."
     return training(study.runs, "span_norm", "norm in the span", target="soft_norm", caption=caption.strip())
 
-# %% ../../nbs/instruments/findings/length.ipynb #ac4efdd8
+# %% ../../nbs/instruments/findings/length.ipynb #cc481520
 def in_short(ledger):
     """Two sentences on the rows of `magnitude`: who shortens what, and whether a softmax sees it."""
     judged = {(net, text): rows for net, rows in by_net(ledger) for text in dict.fromkeys(rows["regularizer"])}
-    parts = [_short("Vectors get shorter", judged, "rms"), _short("The logit scale, which is all that confidence sees, falls", judged, "logit_scale")]
+    parts = [_short("Vectors get shorter", judged, "rms"), _short("The logit scale, which confidence follows, falls", judged, "logit_scale")]
     return " ".join(filter(None, parts))
 
 def _short(what, judged, measure):
