@@ -6,7 +6,7 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard',
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'over',
            'parts_of_change']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
@@ -20,6 +20,7 @@ from .. import calibration, claims, records, stats
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
+from .curves import over
 from .parts import parts_of_change
 from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, scorecard
@@ -28,7 +29,7 @@ from ..vocabulary import (attack_words, capital, number, ordered, regularizer_st
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "effects", "scorecard", "parts_of_change"]
+         "plane_regions", "planes", "effects", "scorecard", "over", "parts_of_change"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()

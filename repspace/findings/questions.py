@@ -35,8 +35,8 @@ class Question(NamedTuple):
 QUESTIONS = {}   # `Question` by id, in the order of the paper's reviews
 
 def ask(question):
-    """Add a `Question` whose id is new; `ValueError` for one that is taken."""
-    if QUESTIONS.get(question.id, question) != question:
+    """Add a `Question` whose id is new, or the same with another function that answers; `ValueError` where the id is taken."""
+    if QUESTIONS.get(question.id, question)._replace(answer=question.answer) != question:
         raise ValueError(f"question {question.id!r} is taken: {QUESTIONS[question.id].words} Choose another id")
     QUESTIONS[question.id] = question
 
