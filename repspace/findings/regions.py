@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['closed_classes', 'plane_table', 'closes', 'side_by_side', 'beside', 'class_degrees', 'speaking_runs', 'by_class',
-           'class_table', 'bias_figure', 'classes_table', 'with_ratio', 'along', 'classes_figure', 'in_short']
+           'class_table', 'with_large_biases', 'bias_runs', 'bias_table', 'bias_figure', 'bias_caption',
+           'classes_table', 'with_ratio', 'along', 'classes_figure', 'in_short']
 
-# %% ../../nbs/instruments/findings/regions.ipynb #614710d5
+# %% ../../nbs/instruments/findings/regions.ipynb #51fc1039
 import numpy as np
 import pandas as pd
 
@@ -15,9 +16,10 @@ from ..claims import TextTable
 from ..claims.sentences import Sentence, net_words, who
 from .questions import Answer, Question, ask
 from .secondary import by_net, by_regularizer, grouped, mean_by, record_of, sign, spoken, spread, words
+from ..records import NotKept
 from ..vocabulary import capital, data_row, listed, number, ordered, regularizer_words
 
-# %% ../../nbs/instruments/findings/regions.ipynb #ee3b2be9
+# %% ../../nbs/instruments/findings/regions.ipynb #e6fd1d5b
 def closed_classes(weight):
     """The classes whose region no direction leads into for good, a list; `weight` is (K, 2)."""
     W = np.asarray(weight, float)
@@ -28,7 +30,7 @@ def _within_half_a_turn(vectors):
     turn = np.sort(np.arctan2(*vectors.T[::-1]))
     return np.diff(turn, append=turn[0] + 2 * np.pi).max() > np.pi
 
-# %% ../../nbs/instruments/findings/regions.ipynb #5ca2b00e
+# %% ../../nbs/instruments/findings/regions.ipynb #407b7f02
 def plane_table(recorded):
     """A row per net with two dimensions: regularizer, seed, classes, `closed` (list), `share` of images in them, `nearer`, `degree`.
 
@@ -47,7 +49,7 @@ def _closed(weight, bias, features):
     nearer = bool(closed) and not inside.all() and np.median(size[inside]) < np.median(size[~inside])
     return dict(classes=len(weight), closed=closed, share=float(inside.mean()), nearer=nearer)
 
-# %% ../../nbs/instruments/findings/regions.ipynb #b12daebe
+# %% ../../nbs/instruments/findings/regions.ipynb #6f22ecc2
 def _counted(table, text):
     """ "3 of 10 classes (25.5 to 39.5 % of the test images)" of a regularizer, over seeds."""
     of = table[table["regularizer"] == text]
@@ -71,7 +73,7 @@ def closes(table, text):
             f"images; with plain training those of {plain} ({plain_share}). The degree of cone is {words(degrees[text], signed=False)} against "
             f"{words(degrees['none'], signed=False)}.")
 
-# %% ../../nbs/instruments/findings/regions.ipynb #bbdfb00b
+# %% ../../nbs/instruments/findings/regions.ipynb #a4faa96c
 def side_by_side(recorded, text="label-smoothing:0.1", seed=0):
     """The planes of the plain and of a regularized net, the caption `closes` and the closed classes of the panels."""
     nets = {}
@@ -92,7 +94,7 @@ def _here(table, nets, seed):
 
 _legend = "Colours are predicted classes, lines confidence of .5, .9 and .99, arrows the descent of the loss, dots test images, the cross the origin."
 
-# %% ../../nbs/instruments/findings/regions.ipynb #765d0dc4
+# %% ../../nbs/instruments/findings/regions.ipynb #d7afa546
 _at_scale = {1: "more cone-like than the plain net at the same scale of logits", -1: "less cone-like than the plain net even at the same scale of logits",
              0: "as cone-like as the plain net at the same scale of logits"}
 
@@ -116,7 +118,7 @@ def _random(rows):
     drawn = by_regularizer(rows, "cone_degree_sphere_span")
     return f"along random directions as long as Pz the degree is {spread([each.mean for each in drawn.values()], signed=False)}" if drawn else ""
 
-# %% ../../nbs/instruments/findings/regions.ipynb #35f15fa3
+# %% ../../nbs/instruments/findings/regions.ipynb #05bfc942
 def class_degrees(runs):
     """Degree of cone by class: a DataFrame with a row per run of `runs` (index: regularizer), a column per class."""
     curves = {i: [np.nan if x is None else x for x in curve["cone_degree_by_class"]] for i, curve in runs["curves"].items()
@@ -153,7 +155,7 @@ def class_table(nets):
         lines += [{"net": net, "regularizer": regularizer_words(text)} | {f"class {k}": number(x) for k, x in means.loc[text].items()} for text in ordered(means.index)]
     return TextTable(pd.DataFrame(lines))
 
-# %% ../../nbs/instruments/findings/regions.ipynb #948d707d
+# %% ../../nbs/instruments/findings/regions.ipynb #f912069b
 _degrees = {"cone_degree_right": "the prediction of correct test vectors", "cone_degree_test": "the prediction of test vectors"}
 
 def _how_cone_like(net, runs):
@@ -177,19 +179,31 @@ def _q_degree(studies):
 
 ask(Question("q-degree", "How cone-like is a region? Define a degree, and measure it.", "regions", _q_degree, "digits-confirm"))
 
-# %% ../../nbs/instruments/findings/regions.ipynb #e05244a9
+# %% ../../nbs/instruments/findings/regions.ipynb #09082c7d
 _times = {0: "no_bias_agreement", 3: "bias_agreement_3", 10: "bias_agreement_10", 30: "bias_agreement_30"}
-_degree_at = {k: f"cone_degree_bias_{k}" for k in (0, 3, 10, 30)} | {1: "cone_degree_test"}
+
+def with_large_biases(recorded, runs):
+    """`runs` with columns of `_times` that they lack, from the images whose logits are kept; as they are where none are."""
+    if _times[30] in runs and runs[_times[30]].notna().all(): return runs
+    try: kept = [recorded.arrays(run.condition, run.seed) for run in runs.itertuples()]
+    except NotKept: return runs
+    return runs.assign(**{column: [_same(arrays, k) for arrays in kept] for k, column in _times.items()})
+
+def _same(arrays, k):
+    logits, bias = arrays["clean"], arrays["head.bias"]
+    return float(((logits + (k - 1) * bias).argmax(1) == logits.argmax(1)).mean())
+
+def bias_runs(studies):
+    """`speaking_runs`, with what large biases do where the records tell."""
+    nets = speaking_runs(studies)
+    return [(net, with_large_biases(record_of(studies, runs["study"].iloc[0]), runs)) for net, runs in nets]
 
 def _large(net, runs):
     """How many predictions stay with the biases of a net multiplied, a sentence; "" where no record tells."""
     stay = {k: mean_by(runs, column) for k, column in _times.items()}
     if not any(stay[k] for k in (3, 10, 30)): return ""
     clauses = [f"{who(texts, stay[30])}, {listed(_stays(stay[k], texts, k) for k in stay)}" for texts in _plain_and_others(stay[30])]
-    degree = {k: mean_by(runs, _degree_at[k]) for k in (1, 30)}
-    falls = [f"the degree of cone of all test vectors is {spread([e.mean for e in degree[1].values()], signed=False)} with the biases as they are and "
-             f"{spread([e.mean for e in degree[30].values()], signed=False)} at × 30"] if degree[30] else []
-    return f"{net}: {'; '.join([*clauses, *falls])}."
+    return f"{net}: {'; '.join(clauses)}."
 
 def _plain_and_others(texts):
     others = [text for text in ordered(texts) if text != "none"]
@@ -200,7 +214,7 @@ def _stays(of, texts, k):
     return f"{share} of predictions stay without biases" if k == 0 else f"{share} at × {k}"
 
 def _q_bias(studies):
-    nets = speaking_runs(studies)
+    nets = bias_runs(studies)
     sentences = [sentence for net, runs in nets if (sentence := _large(net, runs))]
     if not sentences: return None
     net, at = next((net, at) for net, runs in nets if (at := mean_by(runs, _times[10])))
@@ -209,7 +223,20 @@ def _q_bias(studies):
 
 ask(Question("q-bias", "What when head biases are large?", "regions", _q_bias, "digits-confirm"))
 
-# %% ../../nbs/instruments/findings/regions.ipynb #e0d3be85
+# %% ../../nbs/instruments/findings/regions.ipynb #5d8268eb
+_degree_at = {0: "cone_degree_bias_0", 1: "cone_degree_test", 3: "cone_degree_bias_3", 10: "cone_degree_bias_10", 30: "cone_degree_bias_30"}
+
+def bias_table(nets):
+    """Same prediction and degree of cone, biases times 0 to 30, by net and regularizer; means over seeds."""
+    lines = []
+    for net, runs in nets:
+        stay = {f"same prediction, × {k}": (mean_by(runs, column), "%") for k, column in _times.items()}
+        degree = {f"degree, × {k}": (mean_by(runs, column), "") for k, column in _degree_at.items()}
+        lines += [{"net": net, "regularizer": regularizer_words(text)} | {name: number(of[text].mean, unit) if text in of else "–" for name, (of, unit) in (stay | degree).items()}
+                  for text in ordered(runs["regularizer"])]
+    return TextTable(pd.DataFrame(lines))
+
+# %% ../../nbs/instruments/findings/regions.ipynb #289d8c0b
 def bias_figure(nets, caption):
     """Share of predictions that stay against the factor on the biases, a panel per net that has it."""
     lines = [dict(panel=net, regularizer=text, x=k, value=value) for net, runs in nets for k, column in ({1: None} | _times).items()
@@ -217,7 +244,16 @@ def bias_figure(nets, caption):
              if np.isfinite(value) and _times[30] in runs and runs[_times[30]].notna().any()]
     return figures.over(pd.DataFrame(lines), "biases times", "same prediction", caption, even=True) if lines else claims.Markdown("No record here has biases multiplied.")
 
-# %% ../../nbs/instruments/findings/regions.ipynb #b65aae9a
+def bias_caption(nets):
+    """How many predictions stay with biases × 10, plain and regularized, in one sentence per net, as a text."""
+    sentences = []
+    for net, runs in nets:
+        at = mean_by(runs, _times[10])
+        clauses = [f"{spread([at[text].mean for text in texts], '%', signed=False)} {who(texts, at)}" for texts in _plain_and_others(at)]
+        if clauses: sentences.append(f"{capital(net)}: with biases ten times as large, {listed(clauses)} of predictions stay.")
+    return " ".join([*sentences, "Points are means over seeds, bars 95 % intervals."])
+
+# %% ../../nbs/instruments/findings/regions.ipynb #22abd525
 _effects = {"magnitude": "change of RMS with label smoothing", "alignment": "change of the cosine with label smoothing",
             "robustness": "change of log₂ of the limit that breaks with label smoothing"}
 
@@ -242,7 +278,7 @@ def _quantities(text, pair):
         try: yield words_, measure.unit, claims.values(measure, pair)
         except KeyError: continue
 
-# %% ../../nbs/instruments/findings/regions.ipynb #a5dda5ee
+# %% ../../nbs/instruments/findings/regions.ipynb #8608f89d
 def with_ratio(of):
     """The interval over seeds of the rank correlation of value and x; None where no seed has three nets whose values differ."""
     by_seed = [stats.correlation(group["x"].rank(), group["value"].rank()) for _, group in of.groupby("seed") if len(group) > 2]
@@ -279,13 +315,13 @@ def _q_classes(studies):
 
 ask(Question("q-classes", "Does it depend on the number of classes divided by the feature dimension?", "regions", _q_classes, "digits-classes"))
 
-# %% ../../nbs/instruments/findings/regions.ipynb #e60302a8
+# %% ../../nbs/instruments/findings/regions.ipynb #b47b1878
 def classes_figure(table):
     """Each quantity of a `classes_table` against K/d, a panel each, a line per K; the caption is the answer."""
     shown = table.assign(panel=table["quantity"].map(lambda name: name.replace(" with label smoothing", "")), group=[f"K = {K}" for K in table["K"]])
     return figures.over(shown, "K/d", "", f"{' '.join(along(table))} A line is a number of classes, bars are 95 % intervals over seeds.")
 
-# %% ../../nbs/instruments/findings/regions.ipynb #97f9ef78
+# %% ../../nbs/instruments/findings/regions.ipynb #ecce963e
 def in_short(cones, anyway):
     """A sentence on the rows of `cones` and one on those of `cones-anyway`: the range, and where it is least."""
     return " ".join(filter(None, [_least(cones, "cone_degree_right", "The degree of cone of correct test vectors is {}", ""),
