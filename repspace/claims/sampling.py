@@ -153,15 +153,14 @@ def _rows_of(draws, column, condition, seed):
         known = rows[rows[needed].notna()]
         return known[known["label"] == known["prediction"]] if column == "toward_partial" else known
     if column not in (*_unbiased, *_not_at_the_origin) or not getattr(draws.recorded, "folders", None): return rows
-    try: arrays = draws.recorded.arrays(condition, seed)
-    except records.NotKept: return draws.nothing
-    bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
-    if column in _not_at_the_origin:
-        at_the_origin = (rows["prediction"] == bias.argmax()) & bool(np.ptp(bias))
-        return rows[(rows["label"] == rows["prediction"]) & ~at_the_origin]
     if "without_bias" not in rows:
-        rows = draws.rows[condition, seed] = rows.assign(without_bias=_without_bias(arrays, bias, rows))
-    return rows
+        try: arrays = draws.recorded.arrays(condition, seed)
+        except records.NotKept: return draws.nothing
+        bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
+        rows = draws.rows[condition, seed] = rows.assign(
+            without_bias=_without_bias(arrays, bias, rows), at_the_origin=(rows["prediction"] == bias.argmax()) & bool(np.ptp(bias)))
+    if column not in _not_at_the_origin: return rows
+    return rows[(rows["label"] == rows["prediction"]) & ~rows["at_the_origin"]]
 
 def _without_bias(arrays, bias, rows):
     """Predictions without the head's biases: logits stand in the order of the published rows."""

@@ -6,7 +6,7 @@
 __all__ = ['parts', 'Factors', 'factors', 'pattern', 'moves', 'rivals', 'Stability', 'over_pairs', 'stability', 'across_seeds',
            'stable', 'stability_table', 'schedules', 'in_short', 'figure']
 
-# %% ../../nbs/instruments/findings/direction.ipynb #8a2e5700
+# %% ../../nbs/instruments/findings/direction.ipynb #6a73e488
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..figures import parts_of_change
 from ..records import NotKept
 from ..vocabulary import MODELS, capital, data_words, listed, number, ordered, regularizer_words
 
-# %% ../../nbs/instruments/findings/direction.ipynb #30febdfc
+# %% ../../nbs/instruments/findings/direction.ipynb #3208717c
 def parts(plain, regularized):
     """Parts of the change of the cosine, images right in both: a DataFrame by seed with span, share and whole.
 
@@ -36,7 +36,7 @@ def parts(plain, regularized):
     share = (both["share_to"] - both["share"]) * (both["span_to"] + both["span"]) / 2
     return pd.DataFrame(dict(span=span, share=share, whole=span + share)).groupby(both["seed"]).mean()
 
-# %% ../../nbs/instruments/findings/direction.ipynb #def1c016
+# %% ../../nbs/instruments/findings/direction.ipynb #885fe980
 class Factors(NamedTuple):
     """The part of each factor in the change of the cosine, and their sum: intervals (mean, low, high) over seeds."""
     span: stats.Interval
@@ -61,7 +61,7 @@ def factors(studies):
         if of_net: nets.append((net, of_net))
     return nets
 
-# %% ../../nbs/instruments/findings/direction.ipynb #9f8c0dbd
+# %% ../../nbs/instruments/findings/direction.ipynb #53285c50
 _span, _share = "the cosine in the span", "the share ‖Pz‖/‖z‖"
 _ways = {1: ("raises it", "raise it"), -1: ("lowers it", "lower it"), 0: ("leaves it", "leave it")}
 
@@ -92,7 +92,7 @@ def _clause(texts, of, among):
     return (f"{given}, {_span} {_ways[span][0]} ({sizes['span']}) and {_share} {_ways[share][0]} ({sizes['share']}): {outcome}, "
             f"and the whole changes by {sizes['whole']}")
 
-# %% ../../nbs/instruments/findings/direction.ipynb #d4dc774f
+# %% ../../nbs/instruments/findings/direction.ipynb #de19aed5
 _rivals = {"centered_weight": "the centered weight vector", "weight": "the weight vector", "centered_mean": "the centered class mean",
            "mean": "the class mean"}
 _radii = {"minimal_tenth_rival": "a tenth of the radius", "minimal_tenfold_rival": "ten times the radius"}
@@ -118,7 +118,7 @@ def _at_radii(rows):
                                  + (f" (another sign {who(changed, leads)})" if changed else " (the same sign as at the radius itself)"))
     return " and ".join(clauses)
 
-# %% ../../nbs/instruments/findings/direction.ipynb #92a479c0
+# %% ../../nbs/instruments/findings/direction.ipynb #ac64f1b5
 class Stability(NamedTuple):
     """Of R runs: `difference` of cosines, `correlation` of their pattern, both intervals over seeds; the level of `chance`;
     the mean cosine of centers after the best rotation; `irregular`: how far cosines are from those of a regular simplex."""
@@ -150,18 +150,24 @@ def stability(centers):
     irregular = np.abs(grams[:, *np.triu_indices(K, 1)] + 1 / (K - 1)).mean()
     return Stability(over_pairs(of.difference), over_pairs(of.correlation), of.null, float(turned), float(irregular), len(centers))
 
-# %% ../../nbs/instruments/findings/direction.ipynb #b8e7250f
+# %% ../../nbs/instruments/findings/direction.ipynb #b3a69b8d
 _most = 10   # seeds per condition: a chapter has seconds
 
+_known = {}   # centers of runs by what identifies them, which takes longer than all else here
+
+def _centers(recorded, run):
+    name = getattr(run, "identity", None), getattr(run, "source", None)
+    if None in name or name not in _known:
+        head = recorded.arrays(run.condition, run.seed)
+        weight, bias = (head[f"head.{part}"].astype(float) for part in ("weight", "bias"))
+        _known[name] = geometry.class_centers(weight, bias, run.radius).centers
+    return _known[name]
+
 def _heads(recorded, runs):
-    """(centers of up to `_most` of `runs`); empty where their heads are not kept."""
-    centers = []
-    for run in runs.sort_values("seed").head(_most).itertuples():
-        try: head = recorded.arrays(run.condition, run.seed)
-        except NotKept: return []
-        weight, bias = (head[f"head.{name}"].astype(float) for name in ("weight", "bias"))
-        centers.append(geometry.class_centers(weight, bias, run.radius).centers)
-    return centers
+    """Centers of up to `_most` of `runs`, a list; empty where their heads are not kept."""
+    chosen = runs.sort_values("seed").head(_most)[[*{"condition", "seed", "radius", "identity", "source"} & set(runs)]]
+    try: return [_centers(recorded, run) for run in chosen.itertuples()]
+    except NotKept: return []
 
 def across_seeds(studies):
     """[(net in words, {regularizer: `Stability`})], by the study that speaks for each net; without those that keep no heads."""
@@ -176,7 +182,7 @@ def across_seeds(studies):
         if of_net: nets.append((net, of_net))
     return nets
 
-# %% ../../nbs/instruments/findings/direction.ipynb #fbc1634c
+# %% ../../nbs/instruments/findings/direction.ipynb #8d8c0e32
 _alike = {True: "the same classes lie near each other in every seed", False: "which classes lie near each other is another matter in every seed"}
 
 def _beyond(text, each): return each.correlation.low > each.chance
@@ -192,7 +198,7 @@ def _stable(of, texts, beyond):
     return (f"{who(texts, of)}, {_alike[beyond]}: the patterns of the centers' cosines correlate by {correlate} between two seeds, by chance up to "
             f"{size('chance')}; a cosine differs by {size('difference')}, where it is {size('irregular')} away from a regular simplex")
 
-# %% ../../nbs/instruments/findings/direction.ipynb #642ee738
+# %% ../../nbs/instruments/findings/direction.ipynb #980f9157
 def stability_table(nets):
     """A row per net and regularizer of `across_seeds`: correlation, chance, difference, and the cosine after the best rotation."""
     return TextTable(pd.DataFrame([
@@ -200,7 +206,7 @@ def stability_table(nets):
          "by chance up to": number(each.chance), "a cosine differs by": words(each.difference, signed=False), "and from a regular simplex by": number(each.irregular),
          "cosine after the best rotation": number(each.turned)} for net, of in nets for text, each in of.items()]))
 
-# %% ../../nbs/instruments/findings/direction.ipynb #206f6254
+# %% ../../nbs/instruments/findings/direction.ipynb #ecafd50b
 _of_schedules = {"alignment_span": "the mean cosine with the center in the span", "center_r_span_minimal": "the correlation with confidence"}
 
 def schedules(recorded):
@@ -230,7 +236,7 @@ def _between(recorded, sides):
     return (f"the patterns of the centers' cosines correlate by {words(correlation, signed=False)} with those of the same seed's usual schedule, "
             f"a cosine differing by {words(difference, signed=False)}")
 
-# %% ../../nbs/instruments/findings/direction.ipynb #702e8e4c
+# %% ../../nbs/instruments/findings/direction.ipynb #341016fb
 _not_yet = "Schedules: no record here has half or twice the epochs; digits-others would."
 
 def _q_stability(studies):
@@ -244,11 +250,13 @@ def _q_stability(studies):
 
 ask(Question("q-stability", "Are the centers stable across seeds and schedules?", "direction", _q_stability, "digits-confirm or digits-others"))
 
-# %% ../../nbs/instruments/findings/direction.ipynb #222ec6e2
+# %% ../../nbs/instruments/findings/direction.ipynb #fcfd33c2
 def in_short(nets):
     """Two sentences on `factors`: what each factor does, and where."""
     if not nets: return ""
     return f"{_everywhere(nets, 'share', _share)} {_everywhere(nets, 'span', _span)}"
+
+_does = {1: "raises the cosine with the center", -1: "lowers the cosine with the center", 0: "leaves it as it is"}
 
 def _everywhere(nets, name, named):
     """Where the part of one factor raises the cosine and where it lowers it."""
@@ -256,13 +264,13 @@ def _everywhere(nets, name, named):
     size = {(net, text): getattr(each, name).mean for net, of in nets for text, each in of.items()}
     if len(ways) == 1:
         way, keys = next(iter(ways.items()))
-        return f"{capital(named)} {_ways[way][0]} on every net with every regularizer (by {spread([size[key] for key in keys])})."
+        return f"{capital(named)} {_does[way]} on every net with every regularizer (by {spread([size[key] for key in keys])})."
     among = {net: [*of] for net, of in nets}
     def places(keys): return listed(f"{net} {who([t for n, t in keys if n == net], among[net])}" for net in dict.fromkeys(n for n, _ in keys))
-    clauses = [f"{_ways[way][0]} on {places(keys)} (by {spread([size[key] for key in keys])})" for way, keys in sorted(ways.items(), reverse=True)]
+    clauses = [f"{_does[way]} on {places(keys)} (by {spread([size[key] for key in keys])})" for way, keys in sorted(ways.items(), reverse=True)]
     return f"{capital(named)} {'; it '.join(clauses)}."
 
-# %% ../../nbs/instruments/findings/direction.ipynb #456ebea4
+# %% ../../nbs/instruments/findings/direction.ipynb #f86a085e
 def figure(nets):
     """The figure of the two parts, its caption where each of them raises or lowers the cosine (`in_short`)."""
     caption = f"{in_short(nets)} Bars are the parts of the two factors, diamonds their sum with its 95 % interval over seeds."
