@@ -64,11 +64,15 @@ def statistic(column, run, rows, counts, reference=None):
 _digits = 1797
 
 @cache
+def _labels():
+    from sklearn.datasets import load_digits   # here, since it takes a second to import
+    return load_digits().target
+
+@cache
 def _test_split(seed, train_size=200):
     """Places in the data set of the digits that a seed tests on, as `data.load("digits", seed=seed)` has them, and labels."""
-    from sklearn.datasets import load_digits   # here, since they take a second to import
     from sklearn.model_selection import train_test_split
-    labels = load_digits().target
+    labels = _labels()
     rest = train_test_split(np.arange(len(labels)), train_size=train_size, stratify=labels, random_state=seed)[1]
     return rest, labels[rest]
 
