@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'over',
-           'parts_of_change']
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'over', 'parts_of_change',
+           'relations', 'scorecard', 'strip']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -22,14 +22,15 @@ from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels
                                      verdict_key, wrapped)
 from .curves import over
 from .parts import parts_of_change
+from .relations import relations
 from .regions import class_colors, plane_regions, planes
-from .verdicts import effects, scorecard
+from .verdicts import effects, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "effects", "scorecard", "over", "parts_of_change"]
+         "plane_regions", "planes", "effects", "over", "parts_of_change", "relations", "scorecard", "strip"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
