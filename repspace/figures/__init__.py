@@ -6,13 +6,8 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-<<<<<<< HEAD
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'relations', 'scorecard',
-           'strip']
-=======
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest',
-           'scorecard', 'strip']
->>>>>>> chapB
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest', 'over',
+           'parts_of_change', 'relations', 'scorecard', 'strip']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -25,11 +20,10 @@ from .. import calibration, claims, records, stats
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
-<<<<<<< HEAD
+from .curves import over
+from .parts import parts_of_change
 from .relations import relations
-=======
 from .doses import doses
->>>>>>> chapB
 from .regions import class_colors, plane_regions, planes
 from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
@@ -37,11 +31,7 @@ from ..vocabulary import (attack_words, capital, number, ordered, regularizer_st
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-<<<<<<< HEAD
-         "plane_regions", "planes", "effects", "relations", "scorecard", "strip"]
-=======
-         "plane_regions", "planes", "doses", "effects", "forest", "scorecard", "strip"]
->>>>>>> chapB
+         "plane_regions", "planes", "doses", "effects", "forest", "over", "parts_of_change", "relations", "scorecard", "strip"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
