@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Advice', 'on_probabilities', 'on_claim', 'advice', 'shown', 'answer_use']
 
-# %% ../../nbs/instruments/findings/use.ipynb #23c09cee
+# %% ../../nbs/instruments/findings/use.ipynb #27e684f6
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,7 +20,7 @@ from .studies import rows
 from ..stats import mean_interval
 from ..vocabulary import capital
 
-# %% ../../nbs/instruments/findings/use.ipynb #d841653f
+# %% ../../nbs/instruments/findings/use.ipynb #5ba84a51
 class Advice(NamedTuple):
     """What to do, on what it rests, and the place of its rows in the book, relative to the front page."""
     what: str
@@ -44,7 +44,7 @@ def on_probabilities(found):
     because = " ".join([*gist_of_rival(found), f"{capital(gist_of_gap(found))}."])
     return Advice(_first[_overall([pattern(each) for each in effects])], because, "findings/confidence.ipynb#q-overshoot")
 
-# %% ../../nbs/instruments/findings/use.ipynb #461e56c2
+# %% ../../nbs/instruments/findings/use.ipynb #7b3f6cba
 _accuracy = {"for": "For accuracy they are worth trying", "some": "For accuracy try them on your own net: it depends on which it is",
              "against": "Do not train with them for accuracy", "neither": "Do not expect accuracy from them"}
 _robust = {"for": "They make gradient attacks a little harder, and are no defence", "some": "Do not rely on them against attacks: it depends on the net",
@@ -66,10 +66,11 @@ def advice(studies):
     three = on_probabilities(nets(studies, "calibration")), of("accuracy", _accuracy), of("robustness", _robust)
     return [each for each in three if each]
 
-# %% ../../nbs/instruments/findings/use.ipynb #57776684
-def shown(advice, folder=""):
-    """`Advice` as a list in `Markdown`; `folder`: where the book's front page is, seen from the page."""
-    return joined(Markdown("- **{}.** {} ([rows]({}))", each.what, each.because, Markdown(folder + each.link)) for each in advice)
+# %% ../../nbs/instruments/findings/use.ipynb #e7f57f25
+def shown(advice, folder="", brief=False):
+    """`Advice` as a list in `Markdown`, `brief` with one sentence each; `folder`: where the front page is, seen from the page."""
+    def because(text): return text.partition(". ")[0].removesuffix(".") + "." if brief else text
+    return joined(Markdown("- **{}.** {} ([rows]({}))", each.what, because(each.because), Markdown(folder + each.link)) for each in advice)
 
 def answer_use(studies):
     """The `Answer` to q-use: the advice; its number is NLL, regularized, less the plain net's with one temperature."""
