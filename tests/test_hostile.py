@@ -91,7 +91,8 @@ def rendered(place, monkeypatch, cells):
     toc = {"format": "jb-book", "root": "index", "parts": [{"caption": "Log", "chapters": [
         *({"file": name} for name in names), {"file": "lab/index"}]}]}
     (project / "_toc.yml").write_text(yaml.safe_dump(toc))
-    executed = {name: written(place / "made" / f"{name}.ipynb", [v4.new_markdown_cell(f"# {name}")]) for name in names}
+    executed = {name: written(place / "made" / f"{name}.ipynb", [v4.new_markdown_cell(f"# {name}"),
+        *(v4.new_markdown_cell(f"({claim.id})=\n## {claim.id}") for claim in claims.CLAIMS if name == f"findings/{claim.chapter}")]) for name in names}
     executed["index"] = written(place / "made/index.ipynb", [v4.new_markdown_cell("# Index"), *cells])
     monkeypatch.setattr(build, "ROOT", project)
     monkeypatch.setattr(build, "NBS", project / "nbs")
@@ -218,7 +219,7 @@ def test_figures_hold_no_markup_and_are_xml():
 def test_readme_shows_hostile_records_as_text():
     text = readme.block([hostile_study(text, model=text) for text in CHUNKS])
     bare = re.sub(r"&#\d+;|&(lt|gt|amp);|<br>", "", text)
-    assert not re.search(r"[<>$`{}\\]|\]\((?!nbs/findings/\w+\.ipynb\))", bare) and "\n#" not in text
+    assert not re.search(r"[<>$`{}\\]|\]\((?!nbs/findings/\w+\.ipynb(#[\w-]+)?\))", bare) and "\n#" not in text
 
 
 # ---- the whole way, in a browser ----

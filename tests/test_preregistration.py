@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from repspace import study
+from repspace import records, study
 from repspace.claims import PREREGISTERED, preregistration
+from repspace.study import rates
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / preregistration.FILE
@@ -31,3 +32,12 @@ def test_a_study_runs_the_seeds_that_were_announced(name):
     if not file.exists():
         pytest.skip("announced, not there yet")
     assert set(study.definition.read(file).seeds) == set(PREREGISTERED[name].seeds)
+
+
+def test_arms_are_trained_at_the_rates_that_were_chosen():
+    """digits-rates chose them by training loss, on seeds that nothing is judged on."""
+    chosen = rates.best(records.load("digits-rates", "published").runs)
+    arms = [(c.model, *rates.without_rate(c.regularizer), c.recipe["lr"]) for c in study.definition.read("digits-cause").conditions]
+    held = {(model, text): rate or usual for model, text, rate, usual in arms if "logit-" in text}
+    assert held == chosen.to_dict()
+    assert {rate for _, text, rate, _ in arms if "logit-" not in text} == {None}

@@ -168,7 +168,7 @@ def browse(page, profile, *options):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on the PATH")
-@pytest.mark.parametrize("name", ["index", "findings/cones", "instruments/geometry/index"])
+@pytest.mark.parametrize("name", ["index", "findings/regions", "instruments/geometry/index"])
 def test_page_renders_offline(site, tmp_path, name):
     page = site[0] / f"{name}.html"
     dom, console = browse(page, tmp_path / "profile", "--dump-dom")

@@ -204,7 +204,7 @@ def test_an_empty_ledger_has_its_columns_and_can_be_compared():
     nothing = constructed({})
     empty = claims.ledger(SimpleNamespace(runs=nothing.runs.iloc[:0], samples=nothing.samples))
     assert list(empty.columns) == claims.ledger_columns and claims.compare(empty, empty).empty
-    assert claims.summary(empty).empty
+    assert claims.evidence(empty).empty
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_figures_are_the_same_bytes_in_another_process(ledger, tmp_path):
 
 
 def test_reading_imports_no_torch():
-    code = ("import sys; from repspace import claims, figures, findings, stats; from repspace.claims import sampling; findings.provenance(); "
+    code = ("import sys; from repspace import claims, figures, findings, stats; from repspace.claims import sampling; findings.studies.provenance(); "
             "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -340,7 +340,8 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
         assert [study.name for study in studies] == ["digits", "cifar10-cpu"]
         ledger = findings.rows(studies)
         assert set(ledger.query("study == 'cifar10-cpu' and measure == 'rms'")["verdict"]) == {verdict}
-        assert f"- **cifar10-cpu: {verdict}.**" in claims.opening("magnitude", ledger).text
+        said = next(line for line in claims.opening("magnitude", ledger).text.splitlines() if "CIFAR-10" in line)
+        assert ("it stays open" if verdict == "open" else "with Mixup, vectors are 50.") in said
         assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
     assert "Made by version 0.0.9, commit abcdef1 (not today's code)." in studies[1].heading.text
     alone = claims.ledger(records.load("digits", runs=tmp_path, results=results))
@@ -372,7 +373,7 @@ def test_runs_of_another_recipe_are_not_paired_with_the_rest(caplog):
 @pytest.fixture
 def kurtosis():
     """A claim registered from outside, on a column that old records lack; taken away again."""
-    claim = claims.Claim("kurtosis", "Vectors have few large entries.", "nowhere", "magnitude", claims.Measure(
+    claim = claims.Claim("kurtosis", "Vectors have few large entries.", "nowhere", "length", claims.Measure(
         "kurtosis", "change of kurtosis", "difference", "kurtosis", stats.region(-0.1, 0.1, "above"), "A guess."))
     yield claims.register(claim)
     claims.CLAIMS.remove(claim)
@@ -389,7 +390,7 @@ def test_a_registered_claim_is_judged_where_records_have_its_column(kurtosis, di
     for ledger in (old, new):
         same = ledger[ledger["claim"] == "magnitude"].reset_index(drop=True)
         pd.testing.assert_frame_equal(before.drop(columns="per_seed"), same.drop(columns="per_seed"), check_dtype=False)
-    assert f"[kurtosis](findings/magnitude.ipynb): {kurtosis.sentence}" in claims.overview(new).text
+    assert f"[kurtosis](findings/length.ipynb#kurtosis): {kurtosis.sentence}" in claims.overview(new).text
 
 
 def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatch):
@@ -401,10 +402,10 @@ def test_what_is_registered_is_shown_in_its_chapter(kurtosis, digits, monkeypatc
         displayed.clear()
         findings.added([findings.Judged("digits", digits)], chapter)
         return [getattr(thing, "text", None) or thing.alt for thing in displayed]
-    heading, nothing, name, study, figure = shown("magnitude")
+    heading, nothing, name, study, figure = shown("length")
     assert (heading, name) == (f"**kurtosis.** {kurtosis.sentence}", "**norms by net**")
     assert nothing.startswith("No record here") and figure.startswith("Rms, plain → regularized")
-    assert shown("scorecard")[0] == "**all verdicts**" and not shown("cones")
+    assert shown("verdicts")[0] == "**all verdicts**" and not shown("regions")
 
 
 def foreign(text="sam:0.05+my_reg", data="folder:/pictures|<b>", model="my$net_2"):

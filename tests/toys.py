@@ -39,7 +39,7 @@ def longest(seen, context):
 
 
 shorter = claims.Claim(
-    "longest-shorter", "The longest vector is shorter with regularization.", "a user's own idea", "magnitude",
+    "longest-shorter", "The longest vector is shorter with regularization.", "a user's own idea", "length",
     claims.Measure("longest", "relative change of the longest vector", "change", "longest",
                     stats.region(-0.05, 0.05, "below"), "As for all vectors.", unit="%"))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'ledger_columns', 'Compared', 'pairs', 'ledger', 'Reproduction', 'reproduction', 'PREREGISTERED', 'CLAIMS',
            'Claim', 'Measure', 'Pair', 'chapters', 'columns', 'get', 'kinds', 'paired_kinds', 'register', 'values',
-           'Markdown', 'TextTable', 'agreement', 'compare', 'evidence', 'headline', 'joined', 'markdown_table',
-           'opening', 'overview', 'scorecard', 'sentences', 'speaking', 'table', 'Said']
+           'Markdown', 'TextTable', 'agreement', 'claimed_by', 'compare', 'evidence', 'gist', 'headline', 'joined',
+           'markdown_table', 'opening', 'overview', 'scorecard', 'sentences', 'speaking', 'table', 'with_nets', 'Said']
 
 # %% ../../nbs/instruments/claims/index.ipynb #d3005706
 import json
@@ -22,13 +22,13 @@ from . import families, preregistration
 from .preregistration import PREREGISTERED
 from .statements import (CLAIMS, Claim, Measure, Pair, Said, chapters, columns, excluded, get, kinds,
                                         paired_kinds, register, values)
-from .sentences import evidence, opening, overview, sentences, speaking
-from .tables import (Markdown, TextTable, agreement, compare, headline, joined, markdown_table, scorecard, table)
+from .sentences import evidence, gist, opening, overview, sentences, speaking, with_nets
+from .tables import (Markdown, TextTable, agreement, claimed_by, compare, headline, joined, markdown_table, scorecard, table)
 from ..vocabulary import DATA, DataRow, ordered
 
 _all_ = ["PREREGISTERED", "CLAIMS", "Claim", "Measure", "Pair", "chapters", "columns", "get", "kinds", "paired_kinds",
-         "register", "values", "Markdown", "TextTable", "agreement", "compare", "evidence", "headline", "joined",
-         "markdown_table", "opening", "overview", "scorecard", "sentences", "speaking", "table", "Said"]
+         "register", "values", "Markdown", "TextTable", "agreement", "claimed_by", "compare", "evidence", "gist", "headline", "joined",
+         "markdown_table", "opening", "overview", "scorecard", "sentences", "speaking", "table", "with_nets", "Said"]
 
 log = logging.getLogger(__name__)
 

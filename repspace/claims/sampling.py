@@ -64,11 +64,15 @@ def statistic(column, run, rows, counts, reference=None):
 _digits = 1797
 
 @cache
+def _labels():
+    from sklearn.datasets import load_digits   # here, since it takes a second to import
+    return load_digits().target
+
+@cache
 def _test_split(seed, train_size=200):
     """Places in the data set of the digits that a seed tests on, as `data.load("digits", seed=seed)` has them, and labels."""
-    from sklearn.datasets import load_digits   # here, since they take a second to import
     from sklearn.model_selection import train_test_split
-    labels = load_digits().target
+    labels = _labels()
     rest = train_test_split(np.arange(len(labels)), train_size=train_size, stratify=labels, random_state=seed)[1]
     return rest, labels[rest]
 
@@ -153,15 +157,14 @@ def _rows_of(draws, column, condition, seed):
         known = rows[rows[needed].notna()]
         return known[known["label"] == known["prediction"]] if column == "toward_partial" else known
     if column not in (*_unbiased, *_not_at_the_origin) or not getattr(draws.recorded, "folders", None): return rows
-    try: arrays = draws.recorded.arrays(condition, seed)
-    except records.NotKept: return draws.nothing
-    bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
-    if column in _not_at_the_origin:
-        at_the_origin = (rows["prediction"] == bias.argmax()) & bool(np.ptp(bias))
-        return rows[(rows["label"] == rows["prediction"]) & ~at_the_origin]
     if "without_bias" not in rows:
-        rows = draws.rows[condition, seed] = rows.assign(without_bias=_without_bias(arrays, bias, rows))
-    return rows
+        try: arrays = draws.recorded.arrays(condition, seed)
+        except records.NotKept: return draws.nothing
+        bias = arrays.get("head.bias", np.zeros(arrays["clean"].shape[1]))
+        rows = draws.rows[condition, seed] = rows.assign(
+            without_bias=_without_bias(arrays, bias, rows), at_the_origin=(rows["prediction"] == bias.argmax()) & bool(np.ptp(bias)))
+    if column not in _not_at_the_origin: return rows
+    return rows[(rows["label"] == rows["prediction"]) & ~rows["at_the_origin"]]
 
 def _without_bias(arrays, bias, rows):
     """Predictions without the head's biases: logits stand in the order of the published rows."""

@@ -6,8 +6,8 @@
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
            'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'effects', 'scorecard', 'fits', 'look',
-           'look_of', 'splits', 'sweeps']
+           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest', 'over',
+           'parts_of_change', 'relations', 'scorecard', 'strip', 'fits', 'look', 'look_of', 'splits', 'sweeps']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -20,17 +20,22 @@ from .. import calibration, claims, records
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
-from .sweeps import band, look, look_of, sweeps
+from .curves import over
 from .fits import fits
-from .splits import splits
+from .parts import parts_of_change
+from .relations import relations
+from .doses import doses
 from .regions import class_colors, plane_regions, planes
-from .verdicts import effects, scorecard
+from .splits import splits
+from .sweeps import band, look, look_of, sweeps
+from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
 _all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
-         "plane_regions", "planes", "effects", "scorecard", "fits", "look", "look_of", "splits", "sweeps"]
+         "plane_regions", "planes", "doses", "effects", "forest", "over", "parts_of_change", "relations", "scorecard", "strip",
+         "fits", "look", "look_of", "splits", "sweeps"]
 
 # %% ../../nbs/instruments/figures/index.ipynb #a60e9049
 @theme()
@@ -52,7 +57,7 @@ def paired_lines(runs, column, label=None, caption=None):
             shown.append((model, text, f"{short(before)} → {short(after)} (up in "
                          f"{int((pairs[:, 1] > pairs[:, 0]).sum())} of {len(pairs)} seeds)"))
         ax.set_xticks(range(len(others)), [wrapped(regularizer_label(text), 10) for text in others])
-        ax.set(title=label_of(model), xlim=(-0.6, len(others) - 0.4))
+        ax.set(title=wrapped(model, 24), xlim=(-0.6, len(others) - 0.4))
     axes[models[0]].set_ylabel(label or column)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label or column)}, plain → regularized, mean over seeds. {by_model(shown)}"

@@ -181,7 +181,8 @@ class Records(_Tables):
         if self.folders is None:
             raise ValueError("these records know no folder to read arrays from: take those that "
                              "`records.load` returns, or change them by `_replace`")
-        rows = self.runs[(self.runs["condition"] == condition) & (self.runs["seed"] == seed)]
+        same = (self.runs["condition"] == condition) & (self.runs["seed"] == seed)
+        rows = self.runs.loc[same, ["study", "source", "identity"]]
         if len(rows) != 1:
             raise ValueError(f"there are {len(rows)} runs of {condition!r} with seed {seed} in these "
                              f"records; their conditions are {sorted(set(self.runs['condition']))}")
