@@ -9,6 +9,7 @@ from pathlib import Path
 
 from repspace import claims, figures, findings
 from repspace.claims import Markdown, joined
+from repspace.findings import front, use
 from repspace.records.files import write_text
 from repspace.vocabulary import VERDICTS, listed
 
@@ -23,14 +24,15 @@ def made_by(runs):
 
 
 def block(studies):
-    """The README's paragraph and table, as Markdown."""
+    """The README's answer, advice and table, as Markdown: the sentences of the front page."""
     lines = [Markdown("- **{}** ({}): {}; {} trainings, made by {}.", study.name, listed(dict.fromkeys(study.ledger["status"])),
                       study.words, len(study.runs), made_by(study.runs)) for study in studies]
-    meanings = joined((Markdown("*{}*, {}", row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
-    verdicts = Markdown("A claim is judged by one measure, on each net with each regularizer, and has a verdict there: {}. *Confirmatory* "
-                        "studies ran after the rules had been written down, on seeds that nobody had looked at.", meanings)
+    meanings = joined((Markdown("{} *{}*, {}", row.mark, row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
+    verdicts = Markdown("A claim is judged by one measure, on each net with each regularizer: {}. *Confirmatory* studies ran after the rules "
+                        "had been written down, on seeds that nobody had looked at; where a net was run in several, one speaks for it.", meanings)
     table = claims.overview(findings.rows(studies), "nbs/findings")
-    return joined([*lines, "", verdicts, "", table, ""]).text
+    return joined([front.answer(studies), "", use.shown(use.advice(studies), "nbs/", brief=True), "", verdicts, "", table, "", *lines, "",
+                   front.not_tested(studies), ""]).text
 
 
 def expected():

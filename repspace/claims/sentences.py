@@ -184,7 +184,8 @@ def _cell(claim, rows, link):
         verdict = of["verdict"].iloc[0]
         said = told(claim)
         effect = "" if verdict == "not applicable" else size(said, of, signed, interval=False)
-        lines.append(Markdown("{} {} {}", VERDICTS.row(verdict).mark, who(of["regularizer"], rows["regularizer"]).removeprefix("with "), effect))
+        names = who(of["regularizer"], rows["regularizer"]).removeprefix("with ").replace("and without regularization", "plain or not")
+        lines.append(Markdown("{} {} {}", VERDICTS.row(verdict).mark, names, effect))
     return Markdown("[{}]({})", joined(lines, "<br>"), Markdown(link))
 
 def overview(ledger, folder="findings"):
