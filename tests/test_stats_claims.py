@@ -341,7 +341,7 @@ def test_studies_are_shown_where_there_are_records(tmp_path):
         ledger = findings.rows(studies)
         assert set(ledger.query("study == 'cifar10-cpu' and measure == 'rms'")["verdict"]) == {verdict}
         said = next(line for line in claims.opening("magnitude", ledger).text.splitlines() if "CIFAR-10" in line)
-        assert ("it stays open" if verdict == "open" else "with Mixup, vectors are 50.") in said
+        assert ("it stays open" if verdict == "open" else "with Mixup, vectors are 49.9 %") in said
         assert "cifar10-cpu\nresnet8" not in figures.scorecard(ledger).alt  # alt texts have no line breaks
     assert "Made by version 0.0.9, commit abcdef1 (not today's code)." in studies[1].heading.text
     alone = claims.ledger(records.load("digits", runs=tmp_path, results=results))
