@@ -681,5 +681,6 @@ def test_all_that_is_published_is_bound_and_verified_within_seconds(caplog):
         for run in records.Folders().published(study).runs.values():
             defaults = {field.name: field.default for field in fields(Recipe)}
             recipe = {k: v for k, v in run["recipe"].items() if k not in defaults or defaults[k] != v}
-            assert run["identity"] == records.identity(run | {"recipe": recipe})
+            settings = run | {"recipe": recipe, "data_digest": records.digest_of_data(run)}
+            assert run["identity"] == records.identity(settings)
     assert "schema 2" not in caplog.text

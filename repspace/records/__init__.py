@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'IDENTITY', 'NAMES', 'CIRCUMSTANCES', 'key', 'identity', 'training_key', 'Folders', 'arrays', 'studies',
-           'published_identities', 'failed', 'Records', 'reference', 'load', 'migrate', 'Damaged', 'FILES', 'NEEDED',
-           'NotKept', 'NotOurs', 'Published', 'SCHEMA', 'Unreadable', 'check', 'check_slug', 'clear_failed', 'failure',
-           'mark_failed', 'publish', 'read_run', 'remove_unfinished', 'results_root', 'run_folder', 'runs_root',
-           'set_aside', 'write', 'write_file', 'write_text']
+           'published_identities', 'failed', 'Records', 'digest_of_data', 'reference', 'load', 'migrate', 'Damaged',
+           'FILES', 'NEEDED', 'NotKept', 'NotOurs', 'Published', 'SCHEMA', 'Unreadable', 'check', 'check_slug',
+           'clear_failed', 'failure', 'mark_failed', 'publish', 'read_run', 'remove_unfinished', 'results_root',
+           'run_folder', 'runs_root', 'set_aside', 'write', 'write_file', 'write_text']
 
 # %% ../../nbs/instruments/records/index.ipynb #e9783f0e
 import json, logging
@@ -197,8 +197,11 @@ class Records(_Tables):
 
 # %% ../../nbs/instruments/records/index.ipynb #edab7d58
 NAMES = ("study", "condition", "data", "model", "feature_dim", "regularizer", "seed")
-CIRCUMSTANCES = ("device", "threads", "versions", "peak_memory_mb", "seconds", "provenance",
-                 "schema", "data_digest")
+CIRCUMSTANCES = ("device", "threads", "versions", "peak_memory_mb", "seconds", "provenance", "schema")
+
+def digest_of_data(run):
+    """The digest of a record's data, which determines its identity: as the run wrote it, or as it was added by migration."""
+    return run.get("data_digest") or (run.get("digests") or {}).get("data")
 
 def _row(run, source, test_images=None):
     provenance = run.get("provenance") or {}
@@ -208,7 +211,7 @@ def _row(run, source, test_images=None):
             | {"seconds": sum(filter(None, (run.get("seconds") or {}).values()))}
             | {"test_images": run.get("test_images", test_images)}
             | {"settings": run.get("settings") or {}}
-            | {"made": {name: run.get(name) for name in CIRCUMSTANCES}}
+            | {"made": {name: run.get(name) for name in CIRCUMSTANCES} | {"data_digest": digest_of_data(run)}}
             | {name: run.get(name) for name in ("identity", "recipe", "history", "curves")})
 
 def reference(runs):
