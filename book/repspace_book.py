@@ -1,12 +1,16 @@
 """Sphinx extension of the book: nbdev's directives stay out of the pages, and MathJax comes with the site."""
+import functools
 import html
 import json
 import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote
 
 DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.MULTILINE)
+TARGET = re.compile(r"^\(([\w-]+)\)=\s*$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^()\s#]+\.ipynb)#([\w-]+)\)")
 HIDDEN = re.compile(r"^\s*#\s*\|\s*hide\s*$", re.MULTILINE)
 # What a page with TeX asks for; the package holds ten times as much.
 MATHJAX_PARTS = ["tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2"]
@@ -26,9 +30,39 @@ def strip_directives(notebook):
     return notebook | {"cells": kept}
 
 
+def targets(path):
+    """The targets, `(name)=`, in the Markdown of the notebook at `path`; none without one."""
+    if not path.is_file():
+        return frozenset()
+    stat = path.stat()
+    return _targets(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(None)
+def _targets(path, *state):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return frozenset(name for cell in cells if cell["cell_type"] == "markdown"
+                     for name in TARGET.findall("".join(cell["source"])))
+
+
+def link_targets(notebook, folder):
+    """`notebook` whose links to targets in notebooks, seen from `folder`, are such as MyST resolves: `(#name)`."""
+    def linked(text):
+        return LINK.sub(lambda m: f"](#{m[2]})" if m[2] in targets((folder / unquote(m[1])).resolve()) else m[0], "".join(text))
+
+    def cell_linked(cell):
+        if cell["cell_type"] == "markdown":
+            return cell | {"source": linked(cell["source"])}
+        outputs = [output | {"data": output["data"] | {kind: linked(text) for kind, text in output["data"].items() if kind == "text/markdown"}}
+                   if "data" in output else output for output in cell.get("outputs", [])]
+        return cell | {"outputs": outputs}
+    return notebook | {"cells": [cell_linked(cell) for cell in notebook["cells"]]}
+
+
 def on_source_read(app, docname, source):
-    if app.env.doc2path(docname).endswith(".ipynb"):
-        source[0] = json.dumps(strip_directives(json.loads(source[0])))
+    path = Path(app.env.doc2path(docname))
+    if path.suffix == ".ipynb":
+        source[0] = json.dumps(link_targets(strip_directives(json.loads(source[0])), path.parent))
 
 
 def copy_mathjax(app, error):

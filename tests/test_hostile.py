@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 import subprocess
 import sys
 import threading
@@ -118,12 +119,13 @@ def hostile_study(payload, model="net", data="digits"):
     made = constructed({claims.get("magnitude").primary: -0.06}, n_seeds=5, data="x")
     by = {"version": payload, "commit": payload, "code": payload, "training": {"version": payload}}
     model, data = (text.replace("\ud800", "?") for text in (model, data))  # pandas refuses them: such a study is left out
+    name = f"hostile-{zlib.crc32(payload.encode(errors='replace'))}"
     runs = made.runs.assign(
-        data=data, model=model, source="fresh", seconds=1.0, settings=[{"reference": 0.4}] * len(made.runs),
+        study=name, data=data, model=model, source="fresh", seconds=1.0, settings=[{"reference": 0.4}] * len(made.runs),
         made=[{"device": payload, "versions": {"torch": payload}, "provenance": by}] * len(made.runs), success_square=0.5)
     samples = pd.DataFrame([dict(condition=run.condition, seed=run.seed, image=i, label=0, prediction=0, subset=True,
                                  norm=i + run.seed / 10) for run in runs.itertuples() for i in range(9)])
-    return findings.Judged("hostile", records.Records(runs, samples))
+    return findings.Judged(name, records.Records(runs, samples))
 
 
 def drawn(study):
@@ -216,8 +218,9 @@ def test_figures_hold_no_markup_and_are_xml():
         assert [text for text in told if not is_shown(text[:60], said)] == []
 
 
-def test_readme_shows_hostile_records_as_text():
-    text = readme.block([hostile_study(text, model=text) for text in CHUNKS])
+def test_readme_shows_hostile_records_as_text(monkeypatch):
+    monkeypatch.setattr(findings.front, "QUESTIONS", {})  # these records have no folder that their arrays could be read from
+    text = readme.block(findings.Studies([hostile_study(text, model=text) for text in CHUNKS]))
     bare = re.sub(r"&#\d+;|&(lt|gt|amp);|<br>", "", text)
     assert not re.search(r"[<>$`{}\\]|\]\((?!nbs/findings/\w+\.ipynb(#[\w-]+)?\))", bare) and "\n#" not in text
 

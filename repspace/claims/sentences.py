@@ -13,7 +13,7 @@ import pandas as pd
 
 from .statements import CLAIMS, Said, get, paired_kinds
 from .tables import Markdown, claimed_by, headline, joined, markdown_table, of_claim
-from ..vocabulary import MODELS, REGULARIZERS, VERDICTS, data_words, listed, number, ordered, units
+from ..vocabulary import MODELS, REGULARIZERS, VERDICTS, data_words, listed, number, ordered, regularizer_words, units
 
 # %% ../../nbs/instruments/claims/sentences.ipynb #4c07ed1e
 _of_net = ["data", "model", "feature_dim"]
@@ -38,9 +38,8 @@ _soft = [name for name, row in REGULARIZERS.items() if row.role == "soft" and no
 def _names(texts):
     """The regularizer texts in words, without strengths where that is no less clear."""
     names = [text.partition(":")[0] for text in texts]
-    if len(set(names)) < len(names) or any("+" in text for text in texts): names = list(texts)
-    words = {"none": "plain training"} | {name: REGULARIZERS[name].words for name in _soft}
-    return [words.get(name) or name.replace(":", " ") for name in names]
+    if len(set(names)) < len(names) or not set(names) <= {"none", *_soft}: return list(map(regularizer_words, texts))
+    return ["plain training" if name == "none" else REGULARIZERS[name].words for name in names]
 
 def who(texts, among):
     """`texts` in words, "with label smoothing and Mixup"; `among`: those that there are."""
