@@ -9,11 +9,11 @@ __all__ = ['LENGTHS', 'lengths', 'seen_more', 'figure', 'clean_statistics', 'flo
 import numpy as np
 
 from .. import stats
-from ..claims import Markdown, computed, joined
+from ..claims import computed
 from ..claims.sentences import Sentence, spelled, spread, who
 from .comparisons import by_net, by_regularizer, mean_by, sign
 from ..figures import effects, training
-from ..vocabulary import MODELS, capital, listed, number
+from ..vocabulary import MODELS, capital, listed
 
 # %% ../../nbs/instruments/findings/length.ipynb #0a7a8a6b
 LENGTHS = {"rms": "RMS", "span_norm": "the norm in the span", "logit_scale": "the logit scale",

@@ -9,8 +9,6 @@ __all__ = ['RELATIONS', 'FOUR', 'TWO', 'PLAIN_PAIRS', 'EXPLANATIONS', 'FEWEST', 
            'in_short']
 
 # %% ../../nbs/instruments/findings/race.ipynb #88b4c16b
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 
@@ -18,8 +16,8 @@ from .. import claims, figures, interventions, records, stats
 from ..claims import Markdown, markdown_table
 from ..claims.sentences import net_words, spelled, spread, who
 from . import studies as of_studies
-from .comparisons import bullets, nets, numbers, over_seeds, sign
-from ..vocabulary import capital, listed, number, regularizer_words
+from .comparisons import bullets, nets, numbers, sign
+from ..vocabulary import capital, number, regularizer_words
 
 # %% ../../nbs/instruments/findings/race.ipynb #8abe5fac
 RELATIONS = {"toward_random_class": "a push to a random class", "toward_head_r": "an ascent on the head alone", "toward_r_span_pgd": "PGD on the image",
@@ -51,7 +49,7 @@ FOUR = {"part_margin": "margin", "part_displacement": "displacement", "part_dire
 TWO = {"part_race_margin": "what is needed, of two", "part_race_displacement": "displacement, of two"}
 PLAIN_PAIRS = 8   # so many plain seeds are set against each other
 
-def _spread(net):
+def _between_seeds(net):
     """Root mean square of each part between two plain seeds, {part: number}; empty where no logits are kept."""
     plain = net.of("none")
     try: runs = {seed: interventions.attacked_run(net.study.recorded, plain["condition"].iloc[0], seed) for seed in plain.index[:PLAIN_PAIRS]}
@@ -67,14 +65,14 @@ def parts(net):
     """Parts of the change in success, of the ledger: a row per regularizer and part, with share, interval and spread; perhaps empty."""
     rows = net.study.rows("why-robust")
     rows = rows[(rows["model"] == net.runs["model"].iloc[0]) & (rows["data"] == net.runs["data"].iloc[0]) & (rows["partner"] == "none")]
-    found, spread = [], _spread(net) if len(rows) else {}
+    found, between = [], _between_seeds(net) if len(rows) else {}
     for text in net.texts:
         by_part = {row.measure: row.per_seed.astype(float) for row in rows[rows["regularizer"] == text].itertuples()}
         if "part_effect" not in by_part: continue
         for name, words in {**FOUR, **TWO, "part_effect": "all of it"}.items():
             if name not in by_part or by_part[name].empty: continue
             share = stats.share(by_part[name], by_part["part_effect"].reindex(by_part[name].index)) if len(by_part[name]) > 1 else [np.nan] * 3
-            found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, spread.get(name, np.nan), len(by_part[name])])
+            found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, between.get(name, np.nan), len(by_part[name])])
     return pd.DataFrame(found, columns=["net", "regularizer", "column", "part", "mean", "low", "high", "share", "share_low", "share_high", "spread", "seeds"])
 
 # %% ../../nbs/instruments/findings/race.ipynb #9ff0882d
@@ -95,8 +93,8 @@ def direction_words(of, among):
     """What the direction toward the origin adds, beside how much it differs between plain seeds, as text; "" without it."""
     rows = of[of["column"] == "part_direction"]
     if rows.empty: return ""
-    spread = rows["spread"].dropna()
-    beside = f", where two plain seeds differ by {number(spread.iloc[0], 'points')}" if len(spread) else ""
+    between = rows["spread"].dropna()
+    beside = f", where two plain seeds differ by {number(between.iloc[0], 'points')}" if len(between) else ""
     return f"the direction toward the origin has a part of {spread(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
 
 # %% ../../nbs/instruments/findings/race.ipynb #25ed9988
