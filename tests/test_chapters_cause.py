@@ -5,7 +5,7 @@ import pytest
 
 from repspace import findings, records
 from repspace.findings import attacks, cause, race
-from repspace.findings.nets import nets
+from repspace.findings.comparisons import nets
 
 SMOOTHED = "label-smoothing:0.1"
 # what each arm of a made-up study is measured as: a published condition

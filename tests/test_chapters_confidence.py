@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from repspace import claims, findings
-from repspace.findings import confidence, doses, others, paired
+from repspace.findings import comparisons, confidence, doses, others
 
 CHAPTERS = Path(__file__).resolve().parent.parent / "nbs" / "findings"
 
@@ -75,9 +75,9 @@ def test_a_chapter_says_more_with_all_studies(name, words, complete, monkeypatch
 
 
 def test_the_rival_is_what_the_columns_say(published):
-    net = next(net for net in paired.nets(published, "calibration") if "ResNet-8" in net.where)
+    net = next(net for net in comparisons.nets(published, "calibration") if "ResNet-8" in net.where)
     by_seed = net.runs.pivot(index="seed", columns="regularizer", values=["nll", "nll_temperature"])
-    rows = paired.paired(net.runs, confidence.rivals["as they are, less the plain net with one temperature"]).set_index("regularizer")
+    rows = comparisons.paired(net.runs, confidence.rivals["as they are, less the plain net with one temperature"]).set_index("regularizer")
     for text, row in rows.iterrows():
         values = (by_seed["nll", text] - by_seed["nll_temperature", "none"]).astype(float)
         half = 2.7764451052 * values.std() / len(values) ** 0.5

@@ -20,14 +20,13 @@ from .. import calibration, claims, records
 from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
-from .curves import over
+from .curves import curve, look, look_of, over, sweeps
 from .fits import fits
 from .parts import parts_of_change
 from .relations import relations
 from .doses import doses
 from .regions import class_colors, plane_regions, planes
 from .splits import splits
-from .sweeps import band, look, look_of, sweeps
 from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
@@ -83,9 +82,8 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
         for text in ordered(runs["regularizer"]):
             group = runs[(runs["model"] == model) & (runs["regularizer"] == text)]
             if group.empty: continue
-            eps, curves = _at_common_limits([curve[attack] for curve in group["curves"]], value)
-            mean = band(ax, eps, curves, regularizer_style(text)["color"], 0, 1)
-            ax.plot(eps, mean, ls="", markersize=4, mec="none", **regularizer_style(text))
+            eps, curves = _at_common_limits([of[attack] for of in group["curves"]], value)
+            mean = curve(ax, eps, np.transpose(curves), regularizer_style(text), least=0, most=1)
             at = np.interp(reference, eps, mean) if reference else mean[-1]
             shown.append((model, text, f"{100 * at:.0f} %"))
         if reference: ax.axvline(reference, color=ink, lw=0.8, ls="--")
@@ -113,7 +111,7 @@ def training(runs, column, label=None, target=None, caption=None):
             if group.empty: continue
             look = regularizer_style(text)
             curves = np.array([history[column] for history in group["history"]])
-            mean = band(ax, np.arange(1, curves.shape[1] + 1), curves, look["color"])
+            mean = curve(ax, np.arange(1, curves.shape[1] + 1), curves.T, {"color": look["color"]})
             ax.plot(len(mean), mean[-1], mec="none", markersize=4, clip_on=False, **look)
             shown.append((model, text, f"{mean[-1]:.3g}"))
             if target and group[target].notna().any():

@@ -7,10 +7,9 @@ __all__ = ['strength', 'ladders', 'doses']
 
 # %% ../../nbs/instruments/figures/doses.ipynb #21bb0572
 import matplotlib.pyplot as plt
-import numpy as np
 
-from .. import stats
 from .canvas import Figure, full, ink, label_of, legend, regularizer_label, row_height, subplots, theme
+from .curves import curve
 from ..vocabulary import MODELS, capital, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/doses.ipynb #72a35c9d
@@ -30,12 +29,8 @@ _lines = ("-", "--", "-.", ":")
 
 def _curve(ax, runs, column, texts, factor, line):
     """Draw mean and 95 % interval of `column` at each of `texts`, where runs have it."""
-    values = [runs.loc[runs["regularizer"] == text, column].dropna().to_numpy(float) for text in texts]
-    x = [i for i, of in enumerate(values) if len(of)]
-    mean, low, high = np.transpose([stats.mean_interval(factor * values[i]) for i in x]) if x else ([], [], [])
-    look = regularizer_style(texts[-1])
-    ax.plot(x, mean, ls=line, markersize=3.5, **look)
-    if np.isfinite(low).all(): ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
+    values = [factor * runs.loc[runs["regularizer"] == text, column].dropna().to_numpy(float) for text in texts]
+    curve(ax, range(len(texts)), values, regularizer_style(texts[-1]) | dict(ls=line))
 
 # %% ../../nbs/instruments/figures/doses.ipynb #d7f5f9f6
 @theme()

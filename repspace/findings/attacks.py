@@ -14,8 +14,8 @@ import pandas as pd
 
 from .. import figures, geometry, interventions, records, stats
 from ..claims import Markdown, markdown_table
-from ..claims.sentences import who
-from .nets import mean_words, nets, numbers, sign, spread_words
+from ..claims.sentences import spelled, spread, who
+from .comparisons import nets, numbers, over_seeds, sign
 from .questions import Answer, Question, ask
 from ..vocabulary import attack_words, capital, listed, number, regularizer_words
 
@@ -64,11 +64,11 @@ def _stretch(limits, grid):
 
 def range_words(changes):
     """What `success` says over the range of its limits, as text."""
-    grid, signs, means = list(changes), {limit: sign(changes[limit].dropna()) for limit in changes}, changes.mean()
+    grid, signs, means = list(changes), {limit: sign(over_seeds(changes[limit].dropna())) for limit in changes}, changes.mean()
     said = []
     for wanted, word, pick in ((-1, "lower", means.idxmin), (1, "higher", means.idxmax)):
         limits = [limit for limit in grid if signs[limit] == wanted]
-        if limits: said.append(f"{word} at {_stretch(limits, grid)} (most at {pick():g}/255: {mean_words(changes[pick()], 'points', True)})")
+        if limits: said.append(f"{word} at {_stretch(limits, grid)} (most at {pick():g}/255: {spelled(over_seeds(changes[pick()]), 'points', True)})")
     if len(said) == 2: return f"success is {said[0]} and {said[1]}"
     if not said: return "at no limit is it decided whether success changes"
     return f"success is {said[0]}, and {'higher' if 'lower' in said[0] else 'lower'} at none"
@@ -76,7 +76,7 @@ def range_words(changes):
 # %% ../../nbs/instruments/findings/attacks.ipynb #a973ce75
 def range_sentence(net):
     """At which limits each regularizer lowers and raises success, a sentence on a net; "" where no image tells."""
-    breaks, grid = _kept(net, breaking), grid_of(net)
+    breaks, grid = net.kept(breaking), grid_of(net)
     loss, said = best_loss(breaks), []
     for text in net.texts:
         changes = success(breaks, text, grid, loss)
@@ -84,23 +84,17 @@ def range_sentence(net):
     under = "PGD with either loss" if loss == "either" else "PGD with the cross-entropy alone"
     return f"{net.where}, under {under}: {'; '.join(said)}." if said else ""
 
-def _kept(net, compute):
-    """What `compute` says of a net, computed once."""
-    key = compute.__name__, net.words
-    if key not in net.study.kept: net.study.kept[key] = compute(net)
-    return net.study.kept[key]
-
 # %% ../../nbs/instruments/findings/attacks.ipynb #6df4d0aa
 def loss_sentence(net):
     """What PGD with the cross-entropy alone says too much or too little, a sentence on a net; "" without a margin loss."""
-    breaks, said = _kept(net, breaking), []
+    breaks, said = net.kept(breaking), []
     for text in net.texts:
         changes = later(breaks, text).dropna()
         if changes.empty: continue
         alone, either = changes["cross-entropy"], changes["either"]
-        verdict = {1: "too favourable", -1: "too harsh", 0: "no decided difference"}[sign(alone - either)]
-        said.append(f"{who([text], net.texts + ['none'])}, {mean_words(alone, signed=True)} in log₂ ε with cross-entropy alone, "
-                    f"{mean_words(either, signed=True)} with either loss ({'cross-entropy alone is ' * (verdict[:3] == 'too')}{verdict})")
+        verdict = {1: "too favourable", -1: "too harsh", 0: "no decided difference"}[sign(over_seeds(alone - either))]
+        said.append(f"{who([text], net.texts + ['none'])}, {spelled(over_seeds(alone), signed=True)} in log₂ ε with cross-entropy alone, "
+                    f"{spelled(over_seeds(either), signed=True)} with either loss ({'cross-entropy alone is ' * (verdict[:3] == 'too')}{verdict})")
     return f"{net.where}: {'; '.join(said)}." if said else ""
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #15871612
@@ -124,14 +118,14 @@ def _of(table, text): return table.xs(text, level="regularizer")
 
 def union_sentence(net):
     """Success of all attacks together, plain and regularized, a sentence on a net; "" where only weak ones were tried."""
-    table = _kept(net, strong)
+    table = net.kept(strong)
     if table.empty or "none" not in table.index.get_level_values(0): return ""
     plain, said = _of(table, "none"), []
     for text in [text for text in net.texts if text in table.index.get_level_values(0)]:
         changes = (_of(table, text) - plain).dropna()
-        word = {-1: "lower", 1: "higher", 0: "not decidedly different"}[sign(changes["union"])]
-        said.append(f"{who([text], net.texts + ['none'])}, it is {word} ({mean_words(changes['union'], 'points', True)}; "
-                    f"under the weak ones alone {mean_words(changes['weak'], 'points', True)})")
+        word = {-1: "lower", 1: "higher", 0: "not decidedly different"}[sign(over_seeds(changes["union"]))]
+        said.append(f"{who([text], net.texts + ['none'])}, it is {word} ({spelled(over_seeds(changes['union']), 'points', True)}; "
+                    f"under the weak ones alone {spelled(over_seeds(changes['weak']), 'points', True)})")
     return (f"{net.where}, at {net.reference:g}/255: all attacks together, {listed(_tried(table))}, break {number(plain['union'].mean(), '%')} "
             f"of the images that plain training gets right, the weak ones alone {number(plain['weak'].mean(), '%')}; {'; '.join(said)}.")
 
@@ -145,7 +139,7 @@ def _raised(difference):
 
 def signs(net):
     """Signs of masking: a row per regularizer and sign, with the difference per seed's mean and whether it is raised."""
-    found, table = [], _kept(net, strong)
+    found, table = [], net.kept(strong)
     for text in ["none", *net.texts]:
         runs = net.of(text)
         weak_loss = (numbers(runs, "success_margin") - numbers(runs, "success_pgd")).dropna()
@@ -166,7 +160,7 @@ def masking_sentence(net):
         what = "the margin loss breaks" if name == "weak loss" else f"{name} breaks"
         least = f"over two points more than {'the cross-entropy' if name == 'weak loss' else 'all gradient attacks together'}"
         if raised.empty: said.append(f"nowhere {what.replace(' breaks', '')} breaks {least} (at most {number(rows['difference'].max(), 'points', True)})")
-        else: said.append(f"{what} {least} {who(raised['regularizer'], among)} ({spread_words(raised['difference'], 'points', True)}), "
+        else: said.append(f"{what} {least} {who(raised['regularizer'], among)} ({spread(raised['difference'], 'points', True)}), "
                           + ("a weak loss" if name == "weak loss" else "a sign of masking"))
     return f"{net.where}: {'; '.join(said)}."
 
@@ -218,8 +212,8 @@ def crossing_words(table):
     first, last = table.groupby("line")["crossed_first"].mean(), table["x"].max()
     share, most = _mean(table, "success", last), _mean(table, "crossed", last)
     word = "hardly any" if first.max() < FEW else "few" if first.max() < 0.2 else "many"
-    return (f"of the images that break, {word} have crossed the origin at the first limit that breaks them ({spread_words(first, '%')} by "
-            f"condition); at {last:g}/255, where {spread_words(share, '%')} are broken, {spread_words(most, '%')} have")
+    return (f"of the images that break, {word} have crossed the origin at the first limit that breaks them ({spread(first, '%')} by "
+            f"condition); at {last:g}/255, where {spread(share, '%')} are broken, {spread(most, '%')} have")
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #1dd12e02
 def _by_seed(table, text, column, limit):
@@ -229,7 +223,7 @@ def turn(table, text):
     """(word, t at the smallest limit, t at the largest): whether attacks on `text` turn as the limit grows."""
     start, end = (_by_seed(table, text, "direction", limit) for limit in (table["x"].min(), table["x"].max()))
     change = (end - start).dropna()
-    word = "hardly turns" if not sign(change) or abs(change.mean()) < TURN else "turns toward the origin" if change.mean() > 0 else "turns away from the origin"
+    word = "hardly turns" if not sign(over_seeds(change)) or abs(change.mean()) < TURN else "turns toward the origin" if change.mean() > 0 else "turns away from the origin"
     return word, start.mean(), end.mean()
 
 def turn_words(table, texts, among):
@@ -247,7 +241,7 @@ def helped(table, text):
     limits = sorted(table["x"].unique())
     change = {limit: (_by_seed(table, text, "success", limit) - _by_seed(table, "none", "success", limit)).dropna() for limit in limits}
     peak = min(limits, key=lambda limit: change[limit].mean())
-    return (peak, change[peak], _by_seed(table, text, "displacement", peak).mean()) if sign(change[peak]) < 0 else None
+    return (peak, change[peak], _by_seed(table, text, "displacement", peak).mean()) if sign(over_seeds(change[peak])) < 0 else None
 
 def help_words(table, texts, among):
     """Where regularizers lower success most, and how far attacks move vectors there and at the largest limit, as text."""
@@ -257,8 +251,8 @@ def help_words(table, texts, among):
     limits, falls, far = zip(*((limit, change.mean(), rho) for limit, change, rho in filter(None, found.values())))
     end = [_by_seed(table, text, "displacement", last).mean() for text in alike]
     where = f"{min(limits):g}/255" if len(set(limits)) == 1 else f"{min(limits):g} to {max(limits):g}/255"
-    said = (f"{who(alike, among)} success falls most at {where} ({spread_words(falls, 'points', True)}), by where the displacement ρ is {spread_words(far)}; "
-            f"at {last:g}/255 it is {spread_words(end)}")
+    said = (f"{who(alike, among)} success falls most at {where} ({spread(falls, 'points', True)}), by where the displacement ρ is {spread(far)}; "
+            f"at {last:g}/255 it is {spread(end)}")
     return said + (f"; {who(never, among)} it falls at no limit" if never else "")
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #48bced75
@@ -276,7 +270,7 @@ def why_words(table, texts):
 # %% ../../nbs/instruments/findings/attacks.ipynb #cc95c83b
 def breakdown_sentences(net):
     """What happens to attacks as the limit grows: sentences on a net; none where no logits are kept at several limits."""
-    table, among = _kept(net, crossings), ["none", *net.texts]
+    table, among = net.kept(crossings), ["none", *net.texts]
     if table.empty or "none" not in set(table["line"]): return []
     texts = [text for text in among if text in set(table["line"])]
     why = why_words(table, texts[1:])
@@ -290,10 +284,10 @@ def strength(studies):
     known = nets(studies)
     said = [sentence for say in (range_sentence, loss_sentence, union_sentence, masking_sentence) for sentence in map(say, known) if sentence]
     if not any(map(range_sentence, known)): return None
-    without = [net.words for net in known if _kept(net, strong).empty]
+    without = [net.words for net in known if net.kept(strong).empty]
     if without: said.append(f"No strong attack, black box or transfer was tried on {listed(without)}.")
     for net in known:
-        changes = later(_kept(net, breaking), net.texts[0])["either"].dropna()
+        changes = later(net.kept(breaking), net.texts[0])["either"].dropna()
         if len(changes): return Answer(list(map(capital, said)), *stats.mean_interval(changes), "", net.words)
     return Answer(list(map(capital, said)))
 
@@ -302,7 +296,7 @@ def breakdown(studies):
     said, number_of = [], []
     for net in nets(studies):
         said += breakdown_sentences(net)
-        table = _kept(net, crossings)
+        table = net.kept(crossings)
         shares = table[table["line"] == "none"].groupby("seed")["crossed_first"].first().dropna()
         if len(shares) and not number_of: number_of = [*stats.mean_interval(shares), "%", net.words]
     return Answer(list(map(capital, said)), *number_of) if said else None
@@ -321,12 +315,12 @@ def _over(net): return f"{range_sentence(net) or net.words + '.'} The curves are
 
 def breakdown_figure(studies):
     """Share that crosses the origin, direction and displacement over the limits, a column of panels per net; None without arrays."""
-    known = [net for net in nets(studies) if len(_kept(net, crossings))]
+    known = [net for net in nets(studies) if len(net.kept(crossings))]
     if not known: return Markdown("No record here keeps moved logits at several limits.")
-    table = pd.concat([_kept(net, crossings) for net in known])
+    table = pd.concat([net.kept(crossings) for net in known])
     looks = {text: figures.look_of(text) for text in ["none", *dict.fromkeys(text for net in known for text in net.texts)]}
     quantities = {"success": "success of PGD", "crossed": "share across the origin", "direction": "direction t", "displacement": "displacement ρ"}
-    caption = " ".join(capital(f"{net.where}: {crossing_words(_kept(net, crossings))}.") for net in known)
+    caption = " ".join(capital(f"{net.where}: {crossing_words(net.kept(crossings))}.") for net in known)
     return figures.sweeps(table, quantities, looks, "ε / 255", f"{caption} Bands are 95 % intervals over seeds.")
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #6423c73e
@@ -335,8 +329,8 @@ def table(studies):
     lines = []
     for net in nets(studies):
         for text in ["none", *net.texts]:
-            changes = later(_kept(net, breaking), text) if text != "none" else pd.DataFrame(columns=list(LOSSES))
-            cells = [mean_words(of, signed=True) if len(of := changes[loss].dropna()) else "–" for loss in LOSSES]
+            changes = later(net.kept(breaking), text) if text != "none" else pd.DataFrame(columns=list(LOSSES))
+            cells = [spelled(over_seeds(of), signed=True) if len(of := changes[loss].dropna()) else "–" for loss in LOSSES]
             runs = net.of(text)
             tried = [numbers(runs, f"success_{name}").dropna() for name in ("fgsm", "pgd", "margin", "any", "union")]
             lines.append([net.where, regularizer_words(text), *cells, *(number(of.mean(), "%") if len(of) else "–" for of in tried)])
@@ -352,17 +346,17 @@ def _pairs_words(pairs, known):
     return listed(f"{who(texts, net.texts)} on {words}" for words, (net, texts) in by_net.items())
 
 def _changes(net, text):
-    breaks = _kept(net, breaking)
+    breaks = net.kept(breaking)
     return later(breaks, text)[best_loss(breaks)].dropna()
 
 def in_short(studies):
     """Where images withstand larger limits and where smaller, and whether vectors cross the origin, as `Markdown`."""
     known = [(net, text) for net in nets(studies) for text in net.texts if len(_changes(net, text))]
     said = [f"Images withstand {word} limits {_pairs_words(pairs, known)}" for word, wanted in (("larger", 1), ("smaller", -1))
-            if (pairs := [pair for pair in known if sign(_changes(*pair)) == wanted])]
-    tables = [table for net in nets(studies) if len(table := _kept(net, crossings))]
+            if (pairs := [pair for pair in known if sign(over_seeds(_changes(*pair))) == wanted])]
+    tables = [table for net in nets(studies) if len(table := net.kept(crossings))]
     if tables:
         first = pd.concat(tables).groupby(["net", "line"])["crossed_first"].mean()
         said.append(f"When an image breaks, its vector {'has hardly ever' if first.max() < FEW else 'has now and then' if first.max() < 0.2 else 'has often'} "
-                    f"crossed the origin: {spread_words(first, '%')} have")
+                    f"crossed the origin: {spread(first, '%')} have")
     return Markdown("{}", ". ".join(said) + ".") if said else Markdown("No record here tells.")

@@ -17,9 +17,9 @@ import pandas as pd
 
 from .. import claims, figures, interventions, records, stats
 from ..claims import Markdown, families, markdown_table
-from ..claims.sentences import net_words, who
+from ..claims.sentences import net_words, spelled, spread, who
 from . import studies as of_studies
-from .nets import interval_words, mean_words, nets, sign, spread_words
+from .comparisons import nets, over_seeds, sign
 from .questions import Answer, Question, ask
 from ..study import rates
 from ..vocabulary import MODELS, REGULARIZERS, capital, listed, number, regularizer_words
@@ -64,7 +64,7 @@ def shares(table):
 _done = {"rescale": "giving plain vectors their lengths explains", "realign": "giving them their angles", "margin": "the margin explains",
          "displacement": "how far vectors are moved", "laterality": "where they are moved"}
 
-def _percent(values): return spread_words(values, "%")
+def _percent(values): return spread(values, "%")
 
 def share_words(of, effect, among):
     """What the parts explain of an effect, of `shares` on one net, as text; "" without rows."""
@@ -75,13 +75,13 @@ def share_words(of, effect, among):
     for side, word in ((-1, "falls"), (1, "rises")):
         alike = [text for text in whole.index if known[text] and np.sign(whole.loc[text, "mean"]) == side]
         parts = [f"{_done[part]} {_share(rows[(rows['part'] == part) & rows['regularizer'].isin(alike)])}" for part in PARTS[effect] if alike]
-        if alike: said.append(f"{who(alike, among)} {what} {word} ({spread_words(whole.loc[alike, 'mean'], 'points', True)}), of which {listed(parts)}")
+        if alike: said.append(f"{who(alike, among)} {what} {word} ({spread(whole.loc[alike, 'mean'], 'points', True)}), of which {listed(parts)}")
     left = [text for text in whole.index if not known[text]]
     if left: said.append(f"{who(left, among)} it is not decided whether {what} changes, so that nothing has a share in it")
     return "; ".join(said)
 
 def _share(rows):
-    if len(rows) == 1: return interval_words(rows[["share", "share_low", "share_high"]].iloc[0], "%")
+    if len(rows) == 1: return spelled(rows[["share", "share_low", "share_high"]].iloc[0], "%")
     if rows["share"].max() - rows["share"].min() < ALIKE: return _percent(rows["share"])
     return listed(f"{number(row.share, '%')} ({regularizer_words(row.regularizer.partition(':')[0])})" for row in rows.itertuples())
 
@@ -177,10 +177,10 @@ def reproduced(table, claim_id, net):
 def reproduced_words(of):
     """What `Reproduced` says, as text: the two effects, and the share where that of label smoothing is decided."""
     what, unit = OF[of.claim]
-    said = f"{what} {mean_words(of.held, unit, True)}, label smoothing {mean_words(of.whole, unit, True)}"
+    said = f"{what} {spelled(over_seeds(of.held), unit, True)}, label smoothing {spelled(over_seeds(of.whole), unit, True)}"
     if of.why: return f"{said} (no share: {of.why})"
     if np.isnan(of.share[0]): return f"{said} (which is not decided, so that nothing is a share of it)"
-    return f"{said}, a share of {interval_words(of.share, '%')}"
+    return f"{said}, a share of {spelled(of.share, '%')}"
 
 def cause_sentences(tables, net):
     """How much of what label smoothing does hard targets do when the length is held: a sentence per hold, of {claim: `effects`}."""
@@ -199,9 +199,9 @@ def beyond_words(found, claim_id, among):
     what, unit = OF[claim_id]
     said = []
     for wanted, word in ((1, "higher"), (-1, "lower"), (0, "not decidedly different")):
-        alike = [(target, effect) for target, _, _, effect in found if sign(effect) == wanted]
+        alike = [(target, effect) for target, _, _, effect in found if sign(over_seeds(effect)) == wanted]
         if not alike: continue
-        means = mean_words(alike[0][1], unit, True) if len(alike) == 1 else spread_words([effect.mean() for _, effect in alike], unit, True)
+        means = spelled(over_seeds(alike[0][1]), unit, True) if len(alike) == 1 else spread([effect.mean() for _, effect in alike], unit, True)
         said.append(f"{word} {who([target for target, _ in alike], among)} ({means})")
     return f"{what} is {listed(said)}"
 
@@ -220,7 +220,7 @@ def scale_words(table, claim_id, net, hold):
     """At which scales hard targets, held, do better and worse than plain training, as text; "" without arms."""
     rows = table[(table["net"] == net) & (table["target"] == "none") & (table["hold"] == hold) & (table["partner"] == "none")].sort_values("x")
     if rows.empty: return ""
-    signs, said = {row.x: sign(row.per_seed.astype(float).dropna()) for row in rows.itertuples()}, []
+    signs, said = {row.x: sign(over_seeds(row.per_seed.astype(float).dropna())) for row in rows.itertuples()}, []
     for wanted, word in ((1, "higher"), (-1, "lower"), (0, "not decidedly different")):
         at = [f"{x:g}" for x, of in signs.items() if of == wanted]
         if at: said.append(f"{word} at {listed(at)}")
@@ -281,14 +281,11 @@ def rate_sentence(studies):
     return Markdown("{}.{}", capital(words), trained)
 
 # %% ../../nbs/instruments/findings/cause.ipynb #5250cd7b
-def _kept_split(net):
-    key = "cause", net.words
-    if key not in net.study.kept: net.study.kept[key] = shares(split(net))
-    return net.study.kept[key]
+def _shares_of(net): return shares(split(net))
 
 def record_sentences(net):
     """What lengths and angles explain of confidence, and three factors of success, sentences on a net."""
-    of = _kept_split(net)
+    of = net.kept(_shares_of)
     said = [share_words(of, effect, net.texts) for effect in PARTS]
     return [f"{net.where}, on records: {words}." for words in said if words]
 
@@ -310,18 +307,18 @@ ask(Question("q-cause", "Is it causal? Hold alignment fixed and change magnitude
 # %% ../../nbs/instruments/findings/cause.ipynb #f4fc1d59
 def records_figure(studies, effect="confidence"):
     """Parts of the change of confidence, or of success, by net and regularizer; a line where no record tells."""
-    found = [_kept_split(net).assign(net=net.words) for net in nets(studies)]
+    found = [net.kept(_shares_of).assign(net=net.words) for net in nets(studies)]
     found = [of[of["effect"] == effect] for of in found if len(of)]
     if not any(map(len, found)): return Markdown("No record here keeps the logits that this is computed from.")
-    said = " ".join(capital(f"{net.where}: {words}.") for net in nets(studies) if (words := share_words(_kept_split(net), effect, net.texts)))
+    said = " ".join(capital(f"{net.where}: {words}.") for net in nets(studies) if (words := share_words(net.kept(_shares_of), effect, net.texts)))
     what = "mean confidence" if effect == "confidence" else "PGD's success"
     return figures.splits(pd.concat(found), f"{said} Lines are 95 % intervals over seeds.", "points", f"change of {what}, points")
 
 def records_table(studies):
     """Every part with its share, as `Markdown`."""
-    lines = [[net.where, regularizer_words(row.regularizer), row.effect, row.part, interval_words([row.mean, row.low, row.high], "points", True),
-              interval_words([row.share, row.share_low, row.share_high], "%") if np.isfinite(row.share) else "–", row.seeds]
-             for net in nets(studies) for row in _kept_split(net).itertuples()]
+    lines = [[net.where, regularizer_words(row.regularizer), row.effect, row.part, spelled([row.mean, row.low, row.high], "points", True),
+              spelled([row.share, row.share_low, row.share_high], "%") if np.isfinite(row.share) else "–", row.seeds]
+             for net in nets(studies) for row in net.kept(_shares_of).itertuples()]
     return markdown_table(["net", "regularizer", "change of", "part", "mean", "share", "seeds"], lines)
 
 def arms_table(studies):

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .. import calibration, claims, figures
-from ..claims.sentences import size
-from .paired import Net, by_sign, change, named, nets, over_nets, paired, pattern, per_net, sign, spelled, unjudged
+from ..claims.sentences import size, spelled
+from .comparisons import Net, by_sign, change, intervals, named, nets, over_nets, paired, pattern, per_net, side, sign, unjudged
 from .questions import Answer, Question, ask
 from .studies import rows
 from ..stats import mean_interval
@@ -31,8 +31,8 @@ def overshoot(net):
     """Per regularizer: effect, low, high of the signed gap `after`, its `side`, what follows, and the change of the error."""
     after, moved, error = (paired(net.runs, value) for value in (
         lambda own, plain: own["confidence_gap"], change("confidence_gap"), change("ece")))
-    sides = [_sides[sign(row.low, row.high)] for row in after.itertuples()]
-    verdicts = [_conclusions[sign(of.low, of.high), by.high < 0] for of, by in zip(error.itertuples(), moved.itertuples())]
+    sides = [_sides[side(each)] for each in intervals(after)]
+    verdicts = [_conclusions[side(of), sign(by) < 0] for of, by in zip(intervals(error), intervals(moved))]
     return after.assign(side=sides, conclusion=verdicts), error.assign(conclusion=verdicts)
 
 # %% ../../nbs/instruments/findings/confidence.ipynb #09dbfae5
@@ -44,7 +44,7 @@ def _grouped(frame, by, words, unit="points"):
 def overshoot_sentence(net):
     """On which side of zero the gap of a `Net` is before and after, and what the calibration error says to it."""
     plain = mean_interval(net.runs.loc[net.runs["regularizer"] == "none", "confidence_gap"].astype(float).dropna())
-    start, (after, error) = _sides[sign(plain.low, plain.high)], overshoot(net)
+    start, (after, error) = _sides[side(plain)], overshoot(net)
     sides = _grouped(after, "side", lambda who, side, much: f"{who} it {'stays' if side == start else 'becomes'} {side} ({much})")
     ends = _grouped(error, "conclusion", lambda who, what, much: f"{who} it is {what} (calibration error {much})")
     return f"{net.where}: trained plainly, the net is {start} (signed gap {spelled(plain, 'points', True)}); {'; '.join(sides)}. So, {'; '.join(ends)}."

@@ -14,9 +14,9 @@ import pandas as pd
 
 from .. import geometry, stats
 from ..claims import TextTable
-from ..claims.sentences import Sentence, who
+from ..claims.sentences import Sentence, spelled, spread, who
+from .comparisons import by_net, by_regularizer, grouped, nets, sign
 from .questions import Answer, Question, ask
-from .secondary import by_net, by_regularizer, grouped, record_of, sign, spoken, spread, words
 from ..figures import parts_of_change
 from ..records import NotKept
 from ..vocabulary import MODELS, capital, data_words, listed, number, ordered, regularizer_words
@@ -43,23 +43,20 @@ class Factors(NamedTuple):
     share: stats.Interval
     whole: stats.Interval
 
-def _samples(recorded, data, model, text):
-    runs = recorded.runs
-    chosen = runs[(runs["data"] == data) & (runs["model"] == model) & runs["feature_dim"].isna() & (runs["regularizer"] == text)]
-    return recorded.samples[recorded.samples["condition"].isin(set(chosen["condition"]))]
+def _samples(net, text):
+    samples = net.study.recorded.samples
+    return samples[samples["condition"].isin(set(net.of(text)["condition"]))]
 
 def factors(studies):
     """[(net in words, {regularizer: `Factors`})], by the study that speaks for each net; without those that keep no samples."""
-    nets = []
-    for net, rows in by_net(spoken(studies, "alignment")):
-        first, of_net = rows.iloc[0], {}
-        recorded = record_of(studies, first["study"])
-        plain = _samples(recorded, first["data"], first["model"], "none")
-        for text in ordered(rows["regularizer"]):
-            table = parts(plain, _samples(recorded, first["data"], first["model"], text))
+    found = []
+    for net in nets(studies, "alignment"):
+        plain, of_net = _samples(net, "none"), {}
+        for text in net.texts:
+            table = parts(plain, _samples(net, text))
             if len(table): of_net[text] = Factors(*(stats.mean_interval(table[name]) for name in Factors._fields))
-        if of_net: nets.append((net, of_net))
-    return nets
+        if of_net: found.append((net.where, of_net))
+    return found
 
 # %% ../../nbs/instruments/findings/direction.ipynb #53285c50
 _span, _share = "the cosine in the span", "the share ‖Pz‖/‖z‖"
@@ -75,7 +72,7 @@ def moves(nets):
 
 def _sizes(chosen, name):
     values = [getattr(each, name) for each in chosen]
-    return words(values[0]) if len(values) == 1 else spread([value.mean for value in values])
+    return spelled(values[0], signed=True) if len(values) == 1 else spread([value.mean for value in values], signed=True)
 
 def _clause(texts, of, among):
     chosen = [of[text] for text in texts]
@@ -105,7 +102,7 @@ def _closest(rows):
     leads = {name: by_regularizer(rows, f"center_r_span_minimal_{name}") for name in _rivals}
     texts = ordered(rows["regularizer"])
     closest = {text: min((name for name in leads if text in leads[name]), key=lambda name: leads[name][text].mean, default="") for text in texts}
-    clauses = [f"{who(named, texts)}, the closest rival is {_rivals[name]} (lead {spread([leads[name][text].mean for text in named])})"
+    clauses = [f"{who(named, texts)}, the closest rival is {_rivals[name]} (lead {spread([leads[name][text].mean for text in named], signed=True)})"
                for name, named in grouped(closest, lambda _, name: name).items() if name]
     return "; ".join(clauses)
 
@@ -114,7 +111,7 @@ def _at_radii(rows):
     for measure, where in _radii.items():
         leads = by_regularizer(rows, f"center_r_span_{measure}")
         changed = [text for text in leads if text in first and sign(leads[text]) != sign(first[text])]
-        if leads: clauses.append(f"at {where} its lead over the best rival is {spread([each.mean for each in leads.values()])}"
+        if leads: clauses.append(f"at {where} its lead over the best rival is {spread([each.mean for each in leads.values()], signed=True)}"
                                  + (f" (another sign {who(changed, leads)})" if changed else " (the same sign as at the radius itself)"))
     return " and ".join(clauses)
 
@@ -171,16 +168,12 @@ def _heads(recorded, runs):
 
 def across_seeds(studies):
     """[(net in words, {regularizer: `Stability`})], by the study that speaks for each net; without those that keep no heads."""
-    nets = []
-    for net, rows in by_net(spoken(studies, "alignment")):
-        first, of_net = rows.iloc[0], {}
-        recorded = record_of(studies, first["study"])
-        runs = recorded.runs[(recorded.runs["model"] == first["model"]) & (recorded.runs["data"] == first["data"])]
-        for text in ordered(["none", *rows["regularizer"]]):
-            centers = _heads(recorded, runs[runs["regularizer"] == text])
-            if len(centers) > 2: of_net[text] = stability(centers)
-        if of_net: nets.append((net, of_net))
-    return nets
+    found = []
+    for net in nets(studies, "alignment"):
+        centers = {text: _heads(net.study.recorded, net.runs[net.runs["regularizer"] == text]) for text in ["none", *net.texts]}
+        of_net = {text: stability(of) for text, of in centers.items() if len(of) > 2}
+        if of_net: found.append((net.where, of_net))
+    return found
 
 # %% ../../nbs/instruments/findings/direction.ipynb #8d8c0e32
 _alike = {True: "the same classes lie near each other in every seed", False: "which classes lie near each other is another matter in every seed"}
@@ -193,8 +186,8 @@ def stable(nets):
 
 def _stable(of, texts, beyond):
     chosen = [of[text] for text in texts]
-    def size(name): return spread([float(np.ravel(getattr(each, name))[0]) for each in chosen], signed=False)
-    correlate = words(chosen[0].correlation, signed=False) if len(chosen) == 1 else size("correlation")
+    def size(name): return spread([float(np.ravel(getattr(each, name))[0]) for each in chosen])
+    correlate = spelled(chosen[0].correlation) if len(chosen) == 1 else size("correlation")
     return (f"{who(texts, of)}, {_alike[beyond]}: the patterns of the centers' cosines correlate by {correlate} between two seeds, by chance up to "
             f"{size('chance')}; a cosine differs by {size('difference')}, where it is {size('irregular')} away from a regular simplex")
 
@@ -202,8 +195,8 @@ def _stable(of, texts, beyond):
 def stability_table(nets):
     """A row per net and regularizer of `across_seeds`: correlation, chance, difference, and the cosine after the best rotation."""
     return TextTable(pd.DataFrame([
-        {"net": net, "regularizer": regularizer_words(text), "seeds": each.runs, "correlation of the patterns": words(each.correlation, signed=False),
-         "by chance up to": number(each.chance), "a cosine differs by": words(each.difference, signed=False), "and from a regular simplex by": number(each.irregular),
+        {"net": net, "regularizer": regularizer_words(text), "seeds": each.runs, "correlation of the patterns": spelled(each.correlation),
+         "by chance up to": number(each.chance), "a cosine differs by": spelled(each.difference), "and from a regular simplex by": number(each.irregular),
          "cosine after the best rotation": number(each.turned)} for net, of in nets for text, each in of.items()]))
 
 # %% ../../nbs/instruments/findings/direction.ipynb #ecafd50b
@@ -221,7 +214,7 @@ def schedules(recorded):
 
 def _schedule(recorded, of_net, text):
     sides = [of_net[of_net["regularizer"] == name].set_index("seed") for name in ("none", text)]
-    changes = [f"{named} changes by {words(stats.mean_interval(change))}" for column, named in _of_schedules.items()
+    changes = [f"{named} changes by {spelled(stats.mean_interval(change), signed=True)}" for column, named in _of_schedules.items()
                if column in of_net and len(change := (sides[1][column] - sides[0][column]).astype(float).dropna())]
     between = _between(recorded, sides)
     if changes or between: yield f"with {text[7:]} epochs, {listed(filter(None, [*changes, between]))}"
@@ -233,8 +226,8 @@ def _between(recorded, sides):
     if not pairs: return ""
     correlation = stats.mean_interval([each.correlation[0, 1] for each in pairs])
     difference = stats.mean_interval([each.difference[0, 1] for each in pairs])
-    return (f"the patterns of the centers' cosines correlate by {words(correlation, signed=False)} with those of the same seed's usual schedule, "
-            f"a cosine differing by {words(difference, signed=False)}")
+    return (f"the patterns of the centers' cosines correlate by {spelled(correlation)} with those of the same seed's usual schedule, "
+            f"a cosine differing by {spelled(difference)}")
 
 # %% ../../nbs/instruments/findings/direction.ipynb #341016fb
 _not_yet = "Schedules: no record here has half or twice the epochs; digits-others would."
@@ -264,10 +257,10 @@ def _everywhere(nets, name, named):
     size = {(net, text): getattr(each, name).mean for net, of in nets for text, each in of.items()}
     if len(ways) == 1:
         way, keys = next(iter(ways.items()))
-        return f"{capital(named)} {_does[way]} on every net with every regularizer (by {spread([size[key] for key in keys])})."
+        return f"{capital(named)} {_does[way]} on every net with every regularizer (by {spread([size[key] for key in keys], signed=True)})."
     among = {net: [*of] for net, of in nets}
     def places(keys): return listed(f"{net} {who([t for n, t in keys if n == net], among[net])}" for net in dict.fromkeys(n for n, _ in keys))
-    clauses = [f"{_does[way]} on {places(keys)} (by {spread([size[key] for key in keys])})" for way, keys in sorted(ways.items(), reverse=True)]
+    clauses = [f"{_does[way]} on {places(keys)} (by {spread([size[key] for key in keys], signed=True)})" for way, keys in sorted(ways.items(), reverse=True)]
     return f"{capital(named)} {'; it '.join(clauses)}."
 
 # %% ../../nbs/instruments/findings/direction.ipynb #f86a085e

@@ -12,9 +12,9 @@ import pandas as pd
 
 from .. import figures
 from ..claims import TextTable
-from ..claims.sentences import net_words
+from ..claims.sentences import net_words, spelled
 from ..figures.doses import ladders, strength
-from .paired import sign, spelled
+from .comparisons import side
 from ..stats import Interval, mean_interval
 from ..vocabulary import regularizer_words
 
@@ -81,7 +81,7 @@ _at_most = {"below": "{} lower", "above": "at most {} higher", "neither": "about
 
 def _clause(interval, unit="", words=_at_most):
     """How a change came out: "1.00 points [0.90, 1.10] lower"."""
-    where = sign(*interval[1:])
+    where = side(interval)
     mirrored = Interval(-interval.mean, -interval.high, -interval.low) if where == "below" else interval
     return words[where].format(spelled(mirrored, unit, where == "neither"))
 
@@ -97,7 +97,7 @@ def dose_clause(row):
 def net_sentence(lines):
     """The doses of one net, of whose rows of `calibrating` a frame is given."""
     first = next(lines.itertuples())
-    over = sign(*first.plain[1:]) == "above"
+    over = side(first.plain) == "above"
     start = f"{net_words(first)}: the gap of plain training is {spelled(first.plain, 'points', True)}"
     if not over: return f"{start}, so that there is none to close."
     return f"{start}; {'; '.join(map(dose_clause, lines.itertuples()))}."

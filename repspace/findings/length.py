@@ -9,11 +9,11 @@ __all__ = ['LENGTHS', 'lengths', 'seen_more', 'figure', 'clean_statistics', 'flo
 import numpy as np
 
 from .. import stats
-from ..claims import Markdown, computed, joined
-from ..claims.sentences import Sentence, who
-from .secondary import by_net, by_regularizer, grouped, mean_by, record_of, sign, spoken, spread, words
+from ..claims import computed
+from ..claims.sentences import Sentence, spelled, spread, who
+from .comparisons import by_net, by_regularizer, mean_by, sign
 from ..figures import effects, training
-from ..vocabulary import MODELS, capital, listed, number
+from ..vocabulary import MODELS, capital, listed
 
 # %% ../../nbs/instruments/findings/length.ipynb #0a7a8a6b
 LENGTHS = {"rms": "RMS", "span_norm": "the norm in the span", "logit_scale": "the logit scale",
@@ -25,7 +25,7 @@ def lengths(ledger):
 
 def _lengths(rows):
     effects = {words: by_regularizer(rows, name) for name, words in LENGTHS.items()}
-    there = [f"{name} changes by {spread([e.mean for e in of.values()], '%')}" for name, of in effects.items() if of]
+    there = [f"{name} changes by {spread([e.mean for e in of.values()], '%', signed=True)}" for name, of in effects.items() if of]
     return "; ".join([listed(there).replace(" changes by", " by").replace(" by", " changes by", 1), *_against(effects)])
 
 def _against(effects):
@@ -34,8 +34,8 @@ def _against(effects):
     for text in whole.keys() & span.keys():
         if sign(whole[text]) * sign(span[text]) >= 0: continue
         ways = ("longer", "shorter") if sign(whole[text]) > 0 else ("shorter", "longer")
-        yield (f"{who([text], [*whole, 'none'])}, the whole vector gets {ways[0]} ({words(whole[text], '%')}) while its part in the span, all that a "
-               f"softmax sees, gets {ways[1]} ({words(span[text], '%')})")
+        yield (f"{who([text], [*whole, 'none'])}, the whole vector gets {ways[0]} ({spelled(whole[text], '%', signed=True)}) while its part in the span, all that a "
+               f"softmax sees, gets {ways[1]} ({spelled(span[text], '%', signed=True)})")
 
 # %% ../../nbs/instruments/findings/length.ipynb #98fe399c
 def _more(rows):
@@ -50,9 +50,9 @@ def seen_more(ledger):
     less = [f"{who([text], ['', text])} on {net}" for (net, text), each in more.items() if sign(each) >= 0]
     shrink = [-each.mean for each in more.values() if sign(each) < 0]
     if not more: return ""
-    if not shrink: return f"Nowhere do logits shrink more than vectors ({spread([e.mean for e in more.values()], 'points')} beyond the change of RMS)."
+    if not shrink: return f"Nowhere do logits shrink more than vectors ({spread([e.mean for e in more.values()], 'points', signed=True)} beyond the change of RMS)."
     where = f"but for {listed(less)}" if less else "on every net and with every regularizer"
-    return f"Logits shrink more than vectors, by {spread(shrink, 'points', signed=False)} more, {where}."
+    return f"Logits shrink more than vectors, by {spread(shrink, 'points')} more, {where}."
 
 # %% ../../nbs/instruments/findings/length.ipynb #83018aa1
 def figure(ledger):
@@ -68,7 +68,7 @@ def clean_statistics(ledger):
     sentences = []
     for net, rows in by_net(ledger):
         mixed, clean = by_regularizer(rows, "rms"), by_regularizer(rows, "rms_clean_bn")
-        clauses = [f"{who([text], ['', text])}, RMS changes by {words(mixed[text], '%')} with the statistics of training and by {words(each, '%')} "
+        clauses = [f"{who([text], ['', text])}, RMS changes by {spelled(mixed[text], '%', signed=True)} with the statistics of training and by {spelled(each, '%', signed=True)} "
                    f"with clean ones: {_turns[sign(mixed[text]) * sign(each)]}" for text, each in clean.items() if text in mixed]
         if clauses: sentences.append(Sentence(net, "; ".join(clauses)))
     return sentences
@@ -84,11 +84,11 @@ def floor(ledger):
     return sentences
 
 def _at_floor(excess, ratio, norm):
-    if excess is None: return (f"vectors are {words(norm, signed=False)} times as long as the loss asks for, and these records do not say "
+    if excess is None: return (f"vectors are {spelled(norm)} times as long as the loss asks for, and these records do not say "
                                "how near its smallest value the loss came")
-    above = f"training ended {words(excess, signed=False)} above the smallest loss that its targets allow"
+    above = f"training ended {spelled(excess)} above the smallest loss that its targets allow"
     if excess.mean > computed.floor: return f"{above}: too far for the question to arise"
-    return f"{above}, where vectors can hardly be elsewhere: that they end at {words(ratio, signed=False)} times the length is nearly an identity"
+    return f"{above}, where vectors can hardly be elsewhere: that they end at {spelled(ratio)} times the length is nearly an identity"
 
 # %% ../../nbs/instruments/findings/length.ipynb #ea5c7e8b
 def _last(group):
@@ -105,9 +105,9 @@ def grown(runs):
         soft = next((text for text in ends if text.startswith("label-smoothing")), None)
         if not ends.get("none") or not soft or not ends[soft]: continue
         asked = mean_by(of_net[of_net["regularizer"] == soft], "soft_norm").get(soft)
-        plain, smooth = (words(ends[text], signed=False) for text in ("none", soft))
+        plain, smooth = (spelled(ends[text]) for text in ("none", soft))
         sentences.append(f"{capital(name)}: vectors of the last epoch are {plain} long in the span with plain training, {smooth} with label smoothing"
-                         + (f", whose loss asks for {words(asked, signed=False)}." if asked else "."))
+                         + (f", whose loss asks for {spelled(asked)}." if asked else "."))
     return " ".join(sentences)
 
 def trained(study):
@@ -127,6 +127,6 @@ def _short(what, judged, measure):
     effects = {key: each for key, each in effects.items() if each}
     down = [-each.mean for each in effects.values() if sign(each) < 0]
     if not effects: return ""
-    rest = listed(f"{who([text], ['', text])} on {net} ({words(each, '%')})" for (net, text), each in effects.items() if sign(each) >= 0)
+    rest = listed(f"{who([text], ['', text])} on {net} ({spelled(each, '%', signed=True)})" for (net, text), each in effects.items() if sign(each) >= 0)
     if not down: return f"Not so that {what[:1].lower()}{what[1:]}: {rest}."
-    return f"{what} by {spread(down, '%', signed=False)}, " + (f"but not {rest}." if rest else "with every regularizer on every net here.")
+    return f"{what} by {spread(down, '%')}, " + (f"but not {rest}." if rest else "with every regularizer on every net here.")

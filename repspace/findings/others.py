@@ -15,8 +15,8 @@ from .. import claims, figures
 from ..claims import families
 from ..claims.scale import at_equal_scale
 from ..claims import TextTable
-from ..claims.sentences import net_words
-from .paired import Net, by_sign, named, nets, over_nets, paired, per_net, spelled, unjudged
+from ..claims.sentences import net_words, spelled
+from .comparisons import Net, by_sign, named, nets, over_nets, paired, per_net, unjudged
 from .questions import Answer, Question, ask
 from ..stats import Interval, mean_interval
 from ..vocabulary import capital, number, regularizer_words

@@ -9,17 +9,15 @@ __all__ = ['RELATIONS', 'FOUR', 'TWO', 'PLAIN_PAIRS', 'EXPLANATIONS', 'FEWEST', 
            'in_short']
 
 # %% ../../nbs/instruments/findings/race.ipynb #88b4c16b
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 
 from .. import claims, figures, interventions, records, stats
 from ..claims import Markdown, markdown_table
-from ..claims.sentences import net_words, who
+from ..claims.sentences import net_words, spelled, spread, who
 from . import studies as of_studies
-from .nets import interval_words, mean_words, nets, numbers, sign, spread_words
-from ..vocabulary import capital, listed, number, regularizer_words
+from .comparisons import bullets, nets, numbers, sign
+from ..vocabulary import capital, number, regularizer_words
 
 # %% ../../nbs/instruments/findings/race.ipynb #8abe5fac
 RELATIONS = {"toward_random_class": "a push to a random class", "toward_head_r": "an ascent on the head alone", "toward_r_span_pgd": "PGD on the image",
@@ -42,16 +40,16 @@ def head_words(of, among):
     random = by_way.get("toward_random_class")
     for low, high, words in ((0.1, np.inf, "the attack adds to it"), (-np.inf, -0.1, "the attack goes against it"), (-0.1, 0.1, "the attack adds next to nothing")):
         alike = left[(left["mean"] > low) & (left["mean"] <= high)]
-        if len(alike): said.append(f"{who(list(alike.index), among)} {words} ({spread_words(alike['mean'], signed=True)} given the head)")
-    pushed = f", a push to a random class {spread_words(random['mean'])}" if random is not None else ""
-    return f"the head alone gives a correlation of alignment and direction of {spread_words(implied['mean'])}{pushed}; {'; '.join(said)}"
+        if len(alike): said.append(f"{who(list(alike.index), among)} {words} ({spread(alike['mean'], signed=True)} given the head)")
+    pushed = f", a push to a random class {spread(random['mean'])}" if random is not None else ""
+    return f"the head alone gives a correlation of alignment and direction of {spread(implied['mean'])}{pushed}; {'; '.join(said)}"
 
 # %% ../../nbs/instruments/findings/race.ipynb #a6b4de2c
 FOUR = {"part_margin": "margin", "part_displacement": "displacement", "part_direction": "direction toward the origin", "part_lateral": "direction sideways"}
 TWO = {"part_race_margin": "what is needed, of two", "part_race_displacement": "displacement, of two"}
 PLAIN_PAIRS = 8   # so many plain seeds are set against each other
 
-def _spread(net):
+def _between_seeds(net):
     """Root mean square of each part between two plain seeds, {part: number}; empty where no logits are kept."""
     plain = net.of("none")
     try: runs = {seed: interventions.attacked_run(net.study.recorded, plain["condition"].iloc[0], seed) for seed in plain.index[:PLAIN_PAIRS]}
@@ -67,44 +65,37 @@ def parts(net):
     """Parts of the change in success, of the ledger: a row per regularizer and part, with share, interval and spread; perhaps empty."""
     rows = net.study.rows("why-robust")
     rows = rows[(rows["model"] == net.runs["model"].iloc[0]) & (rows["data"] == net.runs["data"].iloc[0]) & (rows["partner"] == "none")]
-    found, spread = [], _spread(net) if len(rows) else {}
+    found, between = [], _between_seeds(net) if len(rows) else {}
     for text in net.texts:
         by_part = {row.measure: row.per_seed.astype(float) for row in rows[rows["regularizer"] == text].itertuples()}
         if "part_effect" not in by_part: continue
         for name, words in {**FOUR, **TWO, "part_effect": "all of it"}.items():
             if name not in by_part or by_part[name].empty: continue
             share = stats.share(by_part[name], by_part["part_effect"].reindex(by_part[name].index)) if len(by_part[name]) > 1 else [np.nan] * 3
-            found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, spread.get(name, np.nan), len(by_part[name])])
+            found.append([net.words, text, name, words, *stats.mean_interval(by_part[name]), *share, between.get(name, np.nan), len(by_part[name])])
     return pd.DataFrame(found, columns=["net", "regularizer", "column", "part", "mean", "low", "high", "share", "share_low", "share_high", "spread", "seeds"])
 
 # %% ../../nbs/instruments/findings/race.ipynb #9ff0882d
-def _kept(net, compute):
-    key = "race", compute.__name__, net.words
-    if key not in net.study.kept: net.study.kept[key] = compute(net)
-    return net.study.kept[key]
-
-def _side(row): return int(row.low > 0) - int(row.high < 0)
-
 def race_words(of, among):
     """Which of the two wins, by regularizer, of `parts` on a net, as text; "" without parts."""
     said, by_text = {}, {text: rows.set_index("column") for text, rows in of.groupby("regularizer", sort=False)}
     for text, rows in by_text.items():
         if not set(TWO) <= set(rows.index): continue
-        needed, moved, all_of = (_side(rows.loc[name]) for name in (*TWO, "part_effect"))
+        needed, moved, all_of = (sign(rows.loc[name, ["mean", "low", "high"]]) for name in (*TWO, "part_effect"))
         word = {-1: "success falls", 1: "success rises", 0: "success changes by nothing decided"}[all_of]
         more = {-1: "more is needed to leave a class", 1: "less is needed to leave a class", 0: "no more is needed to leave a class"}[needed]
         far = {-1: "attacks move vectors less far", 1: "attacks move vectors farther", 0: "attacks move vectors as far"}[moved]
         said.setdefault(f"{word}: {more} ({{}}), and {far} ({{}})", []).append(text)
-    def ends(texts, name): return spread_words([by_text[text].loc[name, "mean"] for text in texts], "points", True)
+    def ends(texts, name): return spread([by_text[text].loc[name, "mean"] for text in texts], "points", True)
     return "; ".join(f"{who(texts, among)} {template.format(*(ends(texts, name) for name in TWO))}" for template, texts in said.items())
 
 def direction_words(of, among):
     """What the direction toward the origin adds, beside how much it differs between plain seeds, as text; "" without it."""
     rows = of[of["column"] == "part_direction"]
     if rows.empty: return ""
-    spread = rows["spread"].dropna()
-    beside = f", where two plain seeds differ by {number(spread.iloc[0], 'points')}" if len(spread) else ""
-    return f"the direction toward the origin has a part of {spread_words(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
+    between = rows["spread"].dropna()
+    beside = f", where two plain seeds differ by {number(between.iloc[0], 'points')}" if len(between) else ""
+    return f"the direction toward the origin has a part of {spread(rows['mean'], 'points', True)} {who(rows['regularizer'], among)}{beside}"
 
 # %% ../../nbs/instruments/findings/race.ipynb #25ed9988
 _explained = "log2_break"
@@ -162,9 +153,9 @@ def explained_words(of):
             0: "they do not explain decidedly more than alignment in the span:"}[
                 int(found["lead"].low > LEAD) - int(found["lead"].high < -LEAD)]
     n = f"{len(of)} nets of {of['regularizer'].nunique()} conditions and {of['seed'].nunique()} seeds"
-    return (f"over {n}, margin and displacement together explain R² = {interval_words(found['margin and displacement'])} of the breaking ε (margin alone "
-            f"{number(found['margin'].mean)}, displacement alone {number(found['displacement'].mean)}), alignment {interval_words(found['alignment'])}, in the span "
-            f"{interval_words(found['alignment in the span'])}; {lead} {interval_words(found['lead'], signed=True)}")
+    return (f"over {n}, margin and displacement together explain R² = {spelled(found['margin and displacement'])} of the breaking ε (margin alone "
+            f"{number(found['margin'].mean)}, displacement alone {number(found['displacement'].mean)}), alignment {spelled(found['alignment'])}, in the span "
+            f"{spelled(found['alignment in the span'])}; {lead} {spelled(found['lead'], signed=True)}")
 
 def _points_of(studies):
     """`points` by net, computed once for the same studies."""
@@ -177,23 +168,19 @@ def explained_sentences(studies):
     return [f"{net}: {words}." for net, of in _points_of(studies).items() if (words := explained_words(of))]
 
 # %% ../../nbs/instruments/findings/race.ipynb #59cf5aca
-def _lines(sentences, nothing):
-    if not sentences: return Markdown("{}", nothing)
-    return Markdown("\n".join(["- {}"] * len(sentences)), *map(capital, sentences))
-
 def head(studies):
     """What the head alone implies and what attacks add, by net, as `Markdown`."""
     said = [f"{net.where}: {words}." for net in nets(studies) if (words := head_words(relations(net), ["none", *net.texts]))]
-    return _lines(said, "No record here has an ascent on the head alone; digits-confirm and cifar10-confirm would.")
+    return bullets(map(capital, said), "No record here has an ascent on the head alone; digits-confirm and cifar10-confirm would.")
 
 def race(studies):
     """What is needed against how far vectors are moved, by net, as `Markdown`."""
-    said = [f"{net.where}: {words}." for net in nets(studies) if (words := race_words(_kept(net, parts), net.texts))]
-    return _lines(said, "No record here keeps what this is computed from; digits-confirm and cifar10-confirm would.")
+    said = [f"{net.where}: {words}." for net in nets(studies) if (words := race_words(net.kept(parts), net.texts))]
+    return bullets(map(capital, said), "No record here keeps what this is computed from; digits-confirm and cifar10-confirm would.")
 
 def explains(studies):
     """What explains the breaking ε over all digits nets, as `Markdown`."""
-    return _lines(explained_sentences(studies), "No record here has enough digits nets with all that this takes; digits-confirm and digits-dose would.")
+    return bullets(map(capital, explained_sentences(studies)), "No record here has enough digits nets with all that this takes; digits-confirm and digits-dose would.")
 
 # %% ../../nbs/instruments/findings/race.ipynb #11bf7113
 def head_figure(studies):
@@ -205,7 +192,7 @@ def head_figure(studies):
 
 def race_figure(studies):
     """The parts of the change in success, by net, with what they differ by between plain seeds as grey bars."""
-    found = [(net, of) for net in nets(studies) if len(of := _kept(net, parts))]
+    found = [(net, of) for net in nets(studies) if len(of := net.kept(parts))]
     if not found: return race(studies)
     said = [capital(f"{net.where}: {words}.") for net, of in found if (words := direction_words(of, net.texts))]
     return figures.splits(pd.concat([of for _, of in found]), " ".join([*said, "Grey: between plain seeds. Lines are 95 % intervals over seeds."]),
@@ -225,9 +212,9 @@ def explains_figure(studies):
 # %% ../../nbs/instruments/findings/race.ipynb #08864baf
 def table(studies):
     """Every part of the change in success, as `Markdown`."""
-    lines = [[net.where, regularizer_words(row.regularizer), row.part, interval_words([row.mean, row.low, row.high], "points", True),
-              interval_words([row.share, row.share_low, row.share_high], "%") if np.isfinite(row.share) else "–",
-              number(row.spread, "points"), row.seeds] for net in nets(studies) for row in _kept(net, parts).itertuples()]
+    lines = [[net.where, regularizer_words(row.regularizer), row.part, spelled([row.mean, row.low, row.high], "points", True),
+              spelled([row.share, row.share_low, row.share_high], "%") if np.isfinite(row.share) else "–",
+              number(row.spread, "points"), row.seeds] for net in nets(studies) for row in net.kept(parts).itertuples()]
     return markdown_table(["net", "regularizer", "part", "change of success", "share", "between plain seeds", "seeds"], lines)
 
 def in_short(studies):
@@ -236,7 +223,7 @@ def in_short(studies):
     n, yes = len(ledger), int((ledger["verdict"] == "supported").sum())
     if not n: return Markdown("No record here says whether the direction of attacks is why regularized nets are robust.")
     counted = {0: "nowhere"}.get(yes, f"in {yes} of {n} cases" if yes < n else "everywhere")
-    parts_of = pd.concat([_kept(net, parts) for net in nets(studies)])
+    parts_of = pd.concat([net.kept(parts) for net in nets(studies)])
     by_part = {name: parts_of[parts_of["column"] == name]["mean"].abs().mean() for name in FOUR}
     largest = max(by_part, key=by_part.get)
     return Markdown("The paper's reason, that attacks go toward the origin, is borne out {} (a net with a regularizer is a case). Of the four parts "

@@ -13,9 +13,9 @@ import pandas as pd
 
 from .. import claims, figures, stats
 from ..claims import TextTable
-from ..claims.sentences import Sentence, net_words, who
+from ..claims.sentences import Sentence, net_words, spelled, spread, who
+from .comparisons import by_net, by_regularizer, grouped, mean_by, nets, sign
 from .questions import Answer, Question, ask
-from .secondary import by_net, by_regularizer, grouped, mean_by, record_of, sign, spoken, spread, words
 from ..records import NotKept
 from ..vocabulary import capital, data_row, listed, number, ordered, regularizer_words
 
@@ -55,7 +55,7 @@ def _counted(table, text):
     of = table[table["regularizer"] == text]
     counts, classes = of["closed"].map(len), of["classes"].iloc[0]
     count = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
-    return f"{count} of {classes} classes", spread(of["share"], "%", signed=False)
+    return f"{count} of {classes} classes", spread(of["share"], "%")
 
 def _against_plain(table, text):
     """1 where more regions are closed than in the plain net of the same seed, in every seed, −1 fewer, else 0."""
@@ -70,8 +70,8 @@ def closes(table, text):
     degrees = mean_by(table, "degree")
     does = {1: f"closes regions{around}: they are not cones", -1: "opens regions that plain training closes", 0: "does not close regions in every seed"}
     return (f"{capital(regularizer_words(text).rpartition(' ')[0] or text)} {does[way]}. In the plane, the regions of {count} are closed, with {share} of the test "
-            f"images; with plain training those of {plain} ({plain_share}). The degree of cone is {words(degrees[text], signed=False)} against "
-            f"{words(degrees['none'], signed=False)}.")
+            f"images; with plain training those of {plain} ({plain_share}). The degree of cone is {spelled(degrees[text])} against "
+            f"{spelled(degrees['none'])}.")
 
 # %% ../../nbs/instruments/findings/regions.ipynb #05edf4cb
 def side_by_side(recorded, text="label-smoothing:0.1", seed=0):
@@ -110,18 +110,18 @@ def beside(ledger):
 def _before(rows):
     over = by_regularizer(rows, "over_untrained")
     if not over: return ""
-    clauses = [f"{['no other than', 'above', 'below'][way]} that before training {who(texts, over)} ({spread([over[text].mean for text in texts])})"
+    clauses = [f"{['no other than', 'above', 'below'][way]} that before training {who(texts, over)} ({spread([over[text].mean for text in texts], signed=True)})"
                for way, texts in grouped(over, lambda _, each: sign(each)).items()]
     return f"the degree is {listed(clauses)}"
 
 def _scaled(rows):
     over = by_regularizer(rows, "over_scaled_plain")
     for way, texts in grouped(over, lambda _, each: sign(each)).items():
-        yield f"{who(texts, over)}, regions are {_at_scale[way]} ({spread([over[text].mean for text in texts])})"
+        yield f"{who(texts, over)}, regions are {_at_scale[way]} ({spread([over[text].mean for text in texts], signed=True)})"
 
 def _random(rows):
     drawn = by_regularizer(rows, "cone_degree_sphere_span")
-    return f"along random directions as long as Pz the degree is {spread([each.mean for each in drawn.values()], signed=False)}" if drawn else ""
+    return f"along random directions as long as Pz the degree is {spread([each.mean for each in drawn.values()])}" if drawn else ""
 
 # %% ../../nbs/instruments/findings/regions.ipynb #b8a8e58c
 def class_degrees(runs):
@@ -132,12 +132,7 @@ def class_degrees(runs):
 
 def speaking_runs(studies, claim_id="cones-anyway"):
     """[(net in words, runs of the study that speaks for it)], those of regularizers that the claim is judged on."""
-    nets = []
-    for net, rows in by_net(spoken(studies, claim_id)):
-        runs, first = record_of(studies, rows["study"].iloc[0]).runs, rows.iloc[0]
-        same = (runs["data"] == first["data"]) & (runs["model"] == first["model"]) & runs["feature_dim"].isna()
-        nets.append((net, runs[same & runs["regularizer"].isin(set(rows["regularizer"]))]))
-    return nets
+    return [(net.where, net.runs) for net in nets(studies, claim_id)]
 
 def by_class(nets):
     """The least and the most cone-like class, from `speaking_runs`: a list of `Sentence`s."""
@@ -170,8 +165,8 @@ def _how_cone_like(net, runs):
     if not degrees: return None, {}
     lasts = listed(f"{number(1 - degrees[text].mean, '%')} {who([text], ['', text])}" for text in ordered(degrees))
     least = class_degrees(runs).groupby(level=0).mean() if "curves" in runs else pd.DataFrame()
-    worst = f"; the least cone-like class has degree {spread(least.min(axis=1), signed=False)}" if len(least) else ""
-    return f"{net}: on the way to the origin, {_degrees[column]} lasts down to {lasts} of a vector's length (degree {spread([e.mean for e in degrees.values()], signed=False)}){worst}.", degrees
+    worst = f"; the least cone-like class has degree {spread(least.min(axis=1))}" if len(least) else ""
+    return f"{net}: on the way to the origin, {_degrees[column]} lasts down to {lasts} of a vector's length (degree {spread([e.mean for e in degrees.values()])}){worst}.", degrees
 
 def _q_degree(studies):
     answers = [(net, *_how_cone_like(net, runs)) for net, runs in speaking_runs(studies)]
@@ -200,8 +195,7 @@ def _same(arrays, k):
 
 def bias_runs(studies):
     """`speaking_runs`, with what large biases do where the records tell."""
-    nets = speaking_runs(studies)
-    return [(net, with_large_biases(record_of(studies, runs["study"].iloc[0]), runs)) for net, runs in nets]
+    return [(net.where, with_large_biases(net.study.recorded, net.runs)) for net in nets(studies, "cones-anyway")]
 
 def _large(net, runs):
     """How many predictions stay with the biases of a net multiplied, a sentence; "" where no record tells."""
@@ -215,7 +209,7 @@ def _plain_and_others(texts):
     return [each for each in ([text for text in texts if text == "none"], others) if each]
 
 def _stays(of, texts, k):
-    share = spread([of[text].mean for text in texts], "%", signed=False)
+    share = spread([of[text].mean for text in texts], "%")
     return f"{share} of predictions stay without biases" if k == 0 else f"{share} at × {k}"
 
 def _q_bias(studies):
@@ -254,7 +248,7 @@ def bias_caption(nets):
     sentences = []
     for net, runs in nets:
         at = mean_by(runs, _times[10])
-        clauses = [f"{spread([at[text].mean for text in texts], '%', signed=False)} {who(texts, at)}" for texts in _plain_and_others(at)]
+        clauses = [f"{spread([at[text].mean for text in texts], '%')} {who(texts, at)}" for texts in _plain_and_others(at)]
         if clauses: sentences.append(f"{capital(net)}: with biases ten times as large, {listed(clauses)} of predictions stay.")
     return " ".join([*sentences, "Points are means over seeds, bars 95 % intervals."])
 
@@ -278,9 +272,9 @@ def _quantities(text, pair):
     """(name, unit, values by seed) of a condition: its degree of cone, and for a regularizer its effects."""
     measures = {} if text == "none" else {words: claims.get(claim).primary for claim, words in _effects.items()}
     if "cone_degree_right" in pair.runs: yield "degree of cone", "", pair.runs["cone_degree_right"].astype(float).dropna()
-    for words_, measure in measures.items():
+    for words, measure in measures.items():
         if pair.partner.empty: continue
-        try: yield words_, measure.unit, claims.values(measure, pair)
+        try: yield words, measure.unit, claims.values(measure, pair)
         except KeyError: continue
 
 # %% ../../nbs/instruments/findings/regions.ipynb #91e4dce8
@@ -298,7 +292,7 @@ def _along(name, of):
     means = of.groupby("x")["value"].mean()
     if r is None: return ""
     ends = [f"{number(means.loc[x], unit, signed=name != 'degree of cone')} at K/d = {x:.2g}" for x in (means.index.min(), means.index.max())]
-    return f"{capital(name)} {_goes[sign(r)]} (rank correlation {words(r)}): {' and '.join(ends)}."
+    return f"{capital(name)} {_goes[sign(r)]} (rank correlation {spelled(r, signed=True)}): {' and '.join(ends)}."
 
 def along(table):
     """How each quantity of a `classes_table` goes with K/d: a list of sentences."""
@@ -336,4 +330,4 @@ def _least(ledger, measure, what, unit):
     rows = ledger[ledger["measure"] == measure] if len(ledger) else ledger
     if rows.empty: return ""
     least = rows.loc[rows["effect"].idxmin()]
-    return f"{what.format(spread(rows['effect'], unit, signed=False))}, least {who([least['regularizer']], ['', least['regularizer']])} on {net_words(least)}."
+    return f"{what.format(spread(rows['effect'], unit))}, least {who([least['regularizer']], ['', least['regularizer']])} on {net_words(least)}."

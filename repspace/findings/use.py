@@ -14,7 +14,7 @@ from .. import claims
 from ..claims import Markdown, joined
 from .confidence import gist_of_gap, gist_of_rival, rivals
 from .front import sides
-from .paired import nets, paired, pattern
+from .comparisons import nets, paired, pattern
 from .questions import Answer, Question, ask
 from .studies import rows
 from ..stats import mean_interval
