@@ -8,8 +8,6 @@ __all__ = ['Advice', 'on_probabilities', 'on_claim', 'advice', 'shown', 'answer_
 # %% ../../nbs/instruments/findings/use.ipynb #27e684f6
 from typing import NamedTuple
 
-import pandas as pd
-
 from .. import claims
 from ..claims import Markdown, joined
 from .confidence import gist_of_gap, gist_of_rival, rivals
