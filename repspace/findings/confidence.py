@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import calibration, claims, figures
 from ..claims.sentences import size, spelled
-from .comparisons import Net, by_sign, change, intervals, named, nets, over_nets, paired, pattern, per_net, side, sign, unjudged
+from .comparisons import Net, by_sign, change, intervals, named, nets, over_nets, over_regularizers, paired, pattern, per_net, side, sign, unjudged
 from .questions import Answer, Question, ask
 from .studies import rows
 from ..stats import mean_interval
@@ -62,8 +62,7 @@ def sentence_of(clause): return f"{capital(clause)}."
 
 def gap_now(found, number_of=lambda own, plain: own["confidence_gap"]):
     """(interval of the mean over regularizers, net in words) on the last of the nets `found`."""
-    per_seed = pd.concat(paired(found[-1].runs, number_of)["per_seed"].tolist(), axis=1).mean(axis=1)
-    return mean_interval(per_seed), found[-1].where
+    return over_regularizers(paired(found[-1].runs, number_of)), found[-1].where
 
 def answer_overshoot(studies):
     """The `Answer` to q-overshoot: a sentence per net; its number is the gap with regularization, in the mean of them."""

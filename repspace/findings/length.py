@@ -6,8 +6,6 @@
 __all__ = ['LENGTHS', 'lengths', 'seen_more', 'figure', 'clean_statistics', 'floor', 'grown', 'trained', 'in_short']
 
 # %% ../../nbs/instruments/findings/length.ipynb #36046b4f
-import numpy as np
-
 from .. import stats
 from ..claims import computed
 from ..claims.sentences import Sentence, spelled, spread, who

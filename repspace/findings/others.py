@@ -16,9 +16,9 @@ from ..claims import families
 from ..claims.scale import at_equal_scale
 from ..claims import TextTable
 from ..claims.sentences import net_words, spelled
-from .comparisons import Net, by_sign, named, nets, over_nets, paired, per_net, unjudged
+from .comparisons import Net, by_sign, named, nets, over_nets, over_regularizers, paired, per_net, unjudged
 from .questions import Answer, Question, ask
-from ..stats import Interval, mean_interval
+from ..stats import Interval
 from ..vocabulary import capital, number, regularizer_words
 
 # %% ../../nbs/instruments/findings/others.ipynb #f138f0da
@@ -157,9 +157,8 @@ def answer_corruptions(studies):
     known = [net for net in found if corruption_sentence(net)]
     if not known: return None
     net = known[-1]
-    per_seed = pd.concat(paired(net.runs, under(None))["per_seed"].tolist(), axis=1).mean(axis=1)
     gist = f"Under corruptions, {gist_of_corruptions(known)}."
-    return Answer([gist, *per_net(found, corruption_sentence, "corruptions")], *mean_interval(per_seed), "points", net.where)
+    return Answer([gist, *per_net(found, corruption_sentence, "corruptions")], *over_regularizers(paired(net.runs, under(None))), "points", net.where)
 
 ask(Question("q-corruptions", "What of natural corruptions, not only attacks?", "others", answer_corruptions,
              "records measured today, such as those of digits-confirm,"))

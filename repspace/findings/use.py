@@ -8,16 +8,13 @@ __all__ = ['Advice', 'on_probabilities', 'on_claim', 'advice', 'shown', 'answer_
 # %% ../../nbs/instruments/findings/use.ipynb #27e684f6
 from typing import NamedTuple
 
-import pandas as pd
-
 from .. import claims
 from ..claims import Markdown, joined
 from .confidence import gist_of_gap, gist_of_rival, rivals
 from .front import sides
-from .comparisons import nets, paired, pattern
+from .comparisons import nets, over_regularizers, paired, pattern
 from .questions import Answer, Question, ask
 from .studies import rows
-from ..stats import mean_interval
 from ..vocabulary import capital
 
 # %% ../../nbs/instruments/findings/use.ipynb #5ba84a51
@@ -78,7 +75,6 @@ def answer_use(studies):
     three = advice(studies)
     if not three: return None
     if not found: return Answer([f"{each.what}. {each.because}" for each in three])
-    per_seed = pd.concat(paired(found[-1].runs, next(iter(rivals.values())))["per_seed"].tolist(), axis=1).mean(axis=1)
-    return Answer([f"{each.what}. {each.because}" for each in three], *mean_interval(per_seed), "", found[-1].where)
+    return Answer([f"{each.what}. {each.because}" for each in three], *over_regularizers(paired(found[-1].runs, next(iter(rivals.values())))), "", found[-1].where)
 
 ask(Question("q-use", "What can a practitioner do with this?", "use", answer_use, "a study with plain and regularized nets"))
