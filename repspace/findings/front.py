@@ -17,7 +17,7 @@ from ..claims import Markdown, joined, markdown_table
 from ..claims.sentences import net_words
 from .questions import QUESTIONS
 from .studies import rows
-from ..vocabulary import DATA, MODELS, capital, data_words, listed, number, ordered, regularizer_words, visible
+from ..vocabulary import DATA, MODELS, capital, data_words, listed, number, ordered, regularizer_style, regularizer_words, visible
 
 # %% ../../nbs/instruments/findings/front.ipynb #da5704c0
 def _side(verdicts):
@@ -77,10 +77,13 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """`Card`s side by side."""
+    """`Card`s side by side, and below them the colours of the regularizer texts `key`."""
     cards: list
+    key: tuple = ()
 
-    def _repr_html_(self): return f'<div class="repspace-cards">{"".join(card._repr_html_() for card in self.cards)}</div>'
+    def _repr_html_(self):
+        colors = " ".join(f'<span style="color:{regularizer_style(text)["color"]}">●</span> {html.escape(visible(regularizer_words(text)))}' for text in self.key)
+        return f'<div class="repspace-cards">{"".join(card._repr_html_() for card in self.cards)}</div>' + (f"<p>{colors}; grey: too small to matter</p>" if colors else "")
     def __repr__(self): return "\n".join(f"{card.title} {' '.join(card.lines)}" for card in self.cards)
 
 # %% ../../nbs/instruments/findings/front.ipynb #de369261
@@ -98,7 +101,8 @@ def cards(studies):
     four = [_card(studies, "Shorter?", "magnitude"), _card(studies, "Calibrated?", "calibration", *first("q-scaling")),
             _card(studies, "Robust?", "robustness", *first("q-strength")), _card(studies, "Why?", "why-robust", *first("q-cause"),
                                                                                before="The paper's reason, that attacks run into the origin: ")]
-    return Cards([card for card in four if card])
+    key = ordered(claims.evidence(rows(studies, "magnitude"))["regularizer"])
+    return Cards([card for card in four if card], tuple(key))
 
 # %% ../../nbs/instruments/findings/front.ipynb #3ef7ba53
 def _trained(runs):
