@@ -87,19 +87,19 @@ class Cards:
     def __repr__(self): return "\n".join(f"{card.title} {' '.join(card.lines)}" for card in self.cards)
 
 # %% ../../nbs/instruments/findings/front.ipynb #de369261
-def _card(studies, title, claim_id, *more, before=""):
+def _card(studies, folder, title, claim_id, *more, before=""):
     """A card on a claim: its gist with what comes `before`, and `more` sentences; None without evidence on it."""
     ledger = claims.evidence(rows(studies, claim_id))
     if ledger.empty: return None
-    link = f"findings/{claims.get(claim_id).chapter}.html#{claim_id}"
+    link = f"{folder}findings/{claims.get(claim_id).chapter}.html#{claim_id}"
     lines = [f"{capital(before + claims.gist(claim_id, ledger))}.", *more]
     return Card(title, link, lines, figures.strip(ledger, claim_id))
 
-def cards(studies):
-    """The four cards of the front page, `Cards`; those that no record tells of are left out."""
+def cards(studies, folder=""):
+    """The four cards of the front page, `Cards`; those that no record tells of are left out. `folder`: where that page is, seen from here."""
     def first(question_id): return _first(studies, question_id)
-    four = [_card(studies, "Shorter?", "magnitude"), _card(studies, "Calibrated?", "calibration", *first("q-scaling")),
-            _card(studies, "Robust?", "robustness", *first("q-strength")), _card(studies, "Why?", "why-robust", *first("q-cause"),
+    four = [_card(studies, folder, "Shorter?", "magnitude"), _card(studies, folder, "Calibrated?", "calibration", *first("q-scaling")),
+            _card(studies, folder, "Robust?", "robustness", *first("q-strength")), _card(studies, folder, "Why?", "why-robust", *first("q-cause"),
                                                                                before="The paper's reason, that attacks run into the origin: ")]
     key = ordered(claims.evidence(rows(studies, "magnitude"))["regularizer"])
     return Cards([card for card in four if card], tuple(key))
