@@ -258,7 +258,7 @@ def hostile_site(tmp_path_factory):
         shutil.rmtree(folder)
         records.write(folder, run | {"device": payload, "versions": {"torch": payload}, "provenance": {
             "version": payload, "commit": payload, "code": payload}}, samples, *arrays)
-    chapters = {name: path for name, path in build.notebooks().items() if name == "index" or name.startswith("findings/")}
+    chapters = {name: path for name, path in build.notebooks().items() if name in ("index", "glossary") or name.startswith("findings/")}
     env = build.child_environment(place / "runs", place / "private")
     before = dict(os.environ)
     os.environ.update(env | {"PYTHONPATH": str(ROOT)})
