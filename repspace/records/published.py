@@ -16,10 +16,10 @@ import safetensors.numpy as safe
 
 from . import compact, files, run as one, transaction
 from .files import Damaged, NotKept, damaged, naming
-from .places import (check_slug, fresh_folders, no_records, results_root,
+from .places import (check_slug, fresh_folders, no_records, results_root, run_folder,
                                      runs_or_default)
 from .transaction import KEPT, MANIFEST, PUBLISHED
-from ..vocabulary import KEEPS
+from ..vocabulary import KEEPS, listed
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +217,18 @@ def first_columns(frame, *names):
     """`frame` with the columns `names` in front."""
     return frame[[*names, *frame.columns.difference(names, sort=False)]]
 
-def _together(tables):
-    """The bytes of the file of rows of all `tables`; `ValueError` where a column is of several kinds."""
+def _together(tables, sources):
+    """The bytes of the file of rows of all `tables`; `ValueError` where a column is of several kinds, naming their files, `sources`."""
     try: return _rows_content(tables)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"samples.parquet cannot be made of these runs, whose columns do not fit together: {error}") from error
+        raise ValueError("samples.parquet cannot be made of these runs, whose columns do not fit together: "
+                         f"{_kinds(tables, sources) or error}") from error
+
+def _kinds(tables, sources, most=3):
+    """The columns, `most` of them, that are of several kinds, with a file for each kind, in words; "" where there are none."""
+    kinds = pd.DataFrame([table.dtypes.map(str) for table in tables], index=pd.Index(map(str, sources)))
+    several = [kinds[name].dropna() for name in kinds if kinds[name].nunique() > 1][:most]
+    return "; ".join(f"{of.name} is {listed(f'{kind} in {of.index[of.eq(kind)][0]}' for kind in of.unique())}" for of in several)
 
 def _rows_content(tables):
     table = compact.slim(pd.concat(tables, ignore_index=True).astype({"condition": "category"}))
@@ -236,14 +243,14 @@ def _named(gathered, place):
 ROWS = ("image", "label", "prediction", "confidence", "label_probability", "norm", "span_norm", "span_share", "cos_label",
         "cos_label_span", "apex_gap", "breaks_fgsm", "breaks_pgd", "breaks_margin", "log2_break", "subset")
 
-def _contents(gathered, lines, keep):
-    """{file name: bytes} of the files that `keep` asks for."""
+def _contents(gathered, lines, keep, sources):
+    """{file name: bytes} of the files that `keep` asks for; `sources`: the file of rows of each that was gathered."""
     text = "".join(f"{line}\n" for line in lines.values()).encode()
     if keep == "scalars": return {"runs.jsonl.gz": _zipped(text)}
     def chosen(samples): return samples if keep == "arrays" else samples.filter(ROWS)
     tables = [first_columns(chosen(parts[1]).assign(condition=condition, seed=seed), "condition", "seed")
               for (condition, seed), parts in gathered]
-    rows = {"samples.parquet": _together(tables)}
+    rows = {"samples.parquet": _together(tables, sources)}
     if keep == "samples": return {"runs.jsonl.gz": _zipped(text)} | rows
     return {"runs.jsonl": text} | rows | {"logits.npz": files.npz_content(_named(gathered, 2)),
                                           "heads.npz": files.npz_content(_named(gathered, 3))}
@@ -270,7 +277,8 @@ def publish(study, runs=None, results=None, only=None, drop=(), keep="arrays"):
         lines = {name: _line(_of_last_epoch(run, keep)) for name, (run, *_) in gathered}
         _check_changes(study, before, lines, drop)
         identities = {name: run["identity"] for name, (run, *_) in gathered}
-        commit(root, study, identities, lines, _contents(gathered, lines, keep))
+        sources = [(run_folder(study, *name, runs) if name in fresh else root) / "samples.parquet" for name, _ in gathered]
+        commit(root, study, identities, lines, _contents(gathered, lines, keep, sources))
     return root
 
 def commit(root, study, identities, lines, contents):
