@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 def version(made):
     """Version and commit of the code that made something, from its provenance, in words."""
     if not made: return "unknown code"
-    commit = (made.get("commit") or "")[:7]
-    return f"version {made.get('version')}" + (f", commit {commit}" if commit else "")
+    commit = made.get("commit") or ""
+    changed = " with changes" * commit.endswith("+")
+    return f"version {made.get('version')}" + (f", commit {commit[:7]}{changed}" if commit else "")
 
 def made_at(runs):
     """(trained by, measured by): the provenances of `runs`, two lists with one of each run."""
@@ -44,8 +45,9 @@ def makers(runs, today=None):
 def made_by(runs, today=None):
     """A sentence: by which version and commit `runs` were trained and measured."""
     trained, measured = map(listed, makers(runs, today))
-    if trained == measured: return f"Made by {measured}."
-    return f"Trained by {trained}; measured by {measured}."
+    said = f"Made by {measured}." if trained == measured else f"Trained by {trained}; measured by {measured}."
+    corrected = dict.fromkeys(by["corrected"] for by in made_at(runs)[1] if by.get("corrected"))
+    return said + "".join(f" Corrected afterwards: {note}." for note in corrected)
 
 # %% ../../nbs/instruments/findings/studies.ipynb #d0ca8804
 def one_below_the_other(ledgers):

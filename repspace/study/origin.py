@@ -51,11 +51,13 @@ def _code(source):
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 def _commit(folder):
+    """The commit of the package in `folder`, with a + where its files are not those of the commit; None without one."""
     def git(*words):
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
     try:
-        ours = git("ls-files", "--error-unmatch", "__init__.py").returncode == 0
-        return git("rev-parse", "HEAD").stdout.strip() or None if ours else None
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode: return None
+        head = git("rev-parse", "HEAD").stdout.strip()
+        return head + "+" * bool(git("status", "--porcelain", "--", ".").stdout.strip()) or None
     except OSError:
         return None
 
