@@ -129,7 +129,7 @@ def _row(claim, measure, compared, per_seed, why, history):
     seeds = sides[0].index.union(sides[-1].index)
     shown = _shown(measure, compared, family) if measure is claim.primary else "secondary"
     zone = measure.region or stats.Region(np.nan, np.nan, "")
-    made = [(seed, side["made"].get(seed)) for side in sides if "made" in side for seed in per_seed.index]
+    made = [(seed, of.get(seed)) for of in (dict(side.get("made", {})) for side in sides) if of for seed in per_seed.index]
     return dict(claim=claim.id, role="secondary" if shown else "primary",
                 status=preregistration.status(first["study"], made, history), measure=measure.name, label=measure.label,
                 **{name: first[name] for name in (*_net, "condition", "regularizer")}, family=family,

@@ -32,7 +32,8 @@ def reasons(pair):
     if "reasons" not in pair.kept:
         attack, conditions = race(pair), [side["condition"].iloc[0] for side in (pair.partner, pair.runs)]
         try: pair.kept["reasons"] = interventions.robustness_by_seed(pair.recorded, *conditions, attack)
-        except records.NotKept as error: raise KeyError("arrays") from error
+        except records.NotKept: pair.kept["reasons"] = None
+    if pair.kept["reasons"] is None: raise KeyError("arrays")
     if pair.kept["reasons"].empty: raise KeyError(race(pair))
     return pair.kept["reasons"].astype(float)
 

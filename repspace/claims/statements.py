@@ -106,16 +106,18 @@ def values(measure, pair):
              "quotient": lambda: column() / column(measure.other),
              "pair": lambda: measure.compute(pair).astype(float),
              "images": lambda: _on_same_images(measure.column, pair)}[measure.kind]()
-    return per_seed.replace([np.inf, -np.inf], np.nan).dropna()
+    return per_seed[np.isfinite(per_seed.to_numpy(float))]
 
 # %% ../../nbs/instruments/claims/statements.ipynb #d5e197d3
 def _on_same_images(column, pair):
     keys, samples = ["seed", "image"], (pair.samples, pair.partner_samples)
     if any(s.empty or column not in s for s in samples): raise KeyError(column)
-    both = [s.loc[s["subset"] & (s["label"] == s["prediction"]), [*keys, column]]
-            for s in samples]
-    merged = both[0].merge(both[1], on=keys, suffixes=("", "_partner"), validate="one_to_one")
-    return (merged[column] - merged[f"{column}_partner"]).groupby(merged["seed"]).mean()
+    if "both right" not in pair.kept:
+        right = [s.loc[s["subset"] & (s["label"] == s["prediction"]), keys].reset_index(names="row") for s in samples]
+        pair.kept["both right"] = right[0].merge(right[1], on=keys, suffixes=("", "_partner"), validate="one_to_one")
+    both = pair.kept["both right"]
+    own, partner = (s.loc[both[row], column].to_numpy() for s, row in zip(samples, ("row", "row_partner")))
+    return pd.Series(own - partner).groupby(both["seed"]).mean()
 
 # %% ../../nbs/instruments/claims/statements.ipynb #45285146
 def excluded(claim, text):

@@ -104,8 +104,8 @@ def _same(run, identity, folder):
 
 def _arrays(folders, study, condition, seed, source, identity=None):
     name, sources = (condition, int(seed)), _sources(source)
-    folder = folders.fresh(study).get(name) if "fresh" in sources else None
-    if folder:
+    folder = run_folder(study, *name, folders.runs)
+    if "fresh" in sources and folder.is_dir():
         try: return joined(*read_parts(folder, _same(read_run(folder), identity, folder)))
         except FAULTS as error:
             if source: raise
