@@ -282,7 +282,7 @@ _missing = "cifar10-confirm (AutoAttack's APGD, Square) and, on a GPU, cifar10 (
 def strength(studies):
     """The answer to `q-strength`: over the whole range, by loss, under strong attacks, and masking."""
     known = nets(studies)
-    said = [sentence for say in (range_sentence, loss_sentence, union_sentence, masking_sentence) for sentence in map(say, known) if sentence]
+    said = [sentence for say in (union_sentence, range_sentence, loss_sentence, masking_sentence) for sentence in map(say, known) if sentence]
     if not any(map(range_sentence, known)): return None
     without = [net.words for net in known if net.kept(strong).empty]
     if without: said.append(f"No strong attack, black box or transfer was tried on {listed(without)}.")

@@ -316,11 +316,27 @@ def record_sentences(net):
     said = [share_words(of, effect, net.texts) for effect in PARTS]
     return [f"{net.where}, on records: {words}." for words in said if words]
 
+def _in_short(tables):
+    """The shares of label smoothing's effects that a held length reproduces, those known well, over nets, as text; "" without any."""
+    found = [(net, of) for claim_id, table in tables.items() for net in dict.fromkeys(table["net"]) for of in reproduced(table, claim_id, net)]
+    known = [each for each in found if each[1].share[2] - each[1].share[1] <= KNOWN and not each[1].why]
+    def where(alike): return listed(dict.fromkeys(net for net, _ in alike))
+    def share(alike): return spelled(alike[0][1].share, "%") if len(alike) == 1 else _percent([of.share[0] for _, of in alike])
+    told = [f"{share(alike)} of what it does to {OF[claim_id][0]} on {where(alike)}"
+            for claim_id in OF if (alike := [each for each in known if each[1].claim == claim_id])]
+    nets_of = {claim_id: {net for net, of in known if of.claim == claim_id} for claim_id in OF}
+    left = [f"{OF[claim_id][0]} on {where(alike)}" for claim_id in OF
+            if (alike := [(net, of) for net, of in found if of.claim == claim_id and net not in nets_of[claim_id]])]
+    if not told: return ""
+    return (f"with hard targets, logits held at label smoothing's length do {listed(told)}"
+            + (f"; what share they have in {listed(left)} these runs cannot tell" if left else "") + ".")
+
 def cause(studies):
     """The answer to `q-cause`; its number is the share of label smoothing's effect on the breaking ε that a held scale reproduces."""
     tables = ledgers(studies)
     held = list(dict.fromkeys(tables["accuracy"]["net"][tables["accuracy"]["hold"] != ""])) if len(tables["accuracy"]) else []
     said = [text for say in (cause_sentences, beyond_sentences) for net in held for text in say(tables, net)]
+    if short := _in_short(tables): said.insert(0, short)
     said += [text for net in nets(studies) for text in record_sentences(net)]
     if not said: return None
     if not held: said.append("No net here was trained with its length held; digits-cause and cifar10-cause would tell what that does.")
@@ -362,10 +378,4 @@ def arms_table(studies):
 # %% ../../nbs/instruments/findings/cause.ipynb #5df14735
 def in_short(studies):
     """How much of label smoothing's effects a held length reproduces, over nets, as `Markdown`."""
-    tables = ledgers(studies)
-    found = [(net, of) for claim_id, table in tables.items() for net in dict.fromkeys(table["net"]) for of in reproduced(table, claim_id, net)
-             if of.share[2] - of.share[1] <= KNOWN and not of.why]
-    if not found: return Markdown("No record here says how much of what label smoothing does follows from the length of logits alone.")
-    said = [f"{_percent([of.share[0] for _, of in alike])} of its effect on {OF[claim_id][0]} ({listed(dict.fromkeys(net for net, _ in alike))})"
-            for claim_id in OF if (alike := [each for each in found if each[1].claim == claim_id])]
-    return Markdown("Holding the length of logits near label smoothing's, with hard targets, reproduces {}.", listed(said))
+    return Markdown("{}", capital(_in_short(ledgers(studies))) or "No record here says how much of what label smoothing does follows from the length of logits alone.")
