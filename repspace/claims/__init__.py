@@ -109,9 +109,14 @@ def _shown(measure, compared, family):
     return preregistration.not_judged(first["study"], family) or families.only_shown(
         first["regularizer"], first["data"], against_hard, paired and compared.hard is not None, trained)
 
+def _measures(claim, study):
+    """The measures of `claim` that have rows in `study`: where arms ask why, only the one that carries the verdict."""
+    registered = PREREGISTERED.get(study)
+    return claim.measures if registered is None or registered.judges == "regularizers" else (claim.primary,)
+
 def _rows(claim, paired, history, lacking):
     """One dict per measure and condition of a claim, with the values per seed, not yet decided."""
-    for compared, measure in ((c, m) for c in paired for m in claim.measures if _asked(m, c)):
+    for compared, measure in ((c, m) for c in paired for m in _measures(claim, c.first["study"]) if _asked(m, c)):
         try:
             why = measure.unless(compared.pair) if measure.unless else ""
             per_seed = values(measure, compared.pair)
