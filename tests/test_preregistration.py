@@ -6,6 +6,7 @@ import pytest
 
 from repspace import records, study
 from repspace.claims import PREREGISTERED, preregistration
+from repspace.findings import cause, held
 from repspace.study import rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,3 +42,14 @@ def test_arms_are_trained_at_the_rates_that_were_chosen():
     held = {(model, text): rate or usual for model, text, rate, usual in arms if "logit-" in text}
     assert held == chosen.to_dict()
     assert {rate for _, text, rate, _ in arms if "logit-" not in text} == {None}
+
+
+def test_scales_are_held_where_the_gap_closed_on_other_seeds():
+    """The scale and rate of digits-held are those that digits-rates gives by the rule, and its seeds judge nothing else."""
+    found = held.closing(records.load("digits-rates", "published").runs)
+    asked = study.definition.read("digits-held")
+    arms = {c.model: cause.arm(c.regularizer).scale for c in asked.conditions if "logit-scale" in c.regularizer}
+    rate = {c.model: rates.without_rate(c.regularizer)[1] for c in asked.conditions if "logit-scale" in c.regularizer}
+    assert {model: (arms[model], rate[model]) for model in arms} == found
+    assert tuple(asked.seeds) == tuple(held.SEEDS) and not set(held.SEEDS) & {s for of in PREREGISTERED.values() for s in of.seeds}
+    assert {c.regularizer for c in asked.conditions} >= {"none", *held.SOFT}

@@ -112,7 +112,8 @@ def _shown(measure, compared, family):
 def _measures(claim, study):
     """The measures of `claim` that have rows in `study`: where arms ask why, only the one that carries the verdict."""
     registered = PREREGISTERED.get(study)
-    return claim.measures if registered is None or registered.judges == "regularizers" else (claim.primary,)
+    arms = study in preregistration.OWN_RULES or registered is not None and registered.judges != "regularizers"
+    return (claim.primary,) if arms else claim.measures
 
 def _rows(claim, paired, history, lacking):
     """One dict per measure and condition of a claim, with the values per seed, not yet decided."""
