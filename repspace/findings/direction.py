@@ -66,9 +66,9 @@ def pattern(factors):
     """(sign of the part of the span, of the share, of the whole, whether the span's is the larger)."""
     return (*map(sign, factors), abs(factors.span.mean) > abs(factors.share.mean))
 
-def moves(nets):
+def moves(known):
     """Which factor moves the whole cosine, from `factors`: a list of `Sentence`s."""
-    return [Sentence(net, "; ".join(_clause(texts, of, [*of]) for texts in grouped(of, lambda _, f: pattern(f)).values())) for net, of in nets]
+    return [Sentence(net, "; ".join(_clause(texts, of, [*of]) for texts in grouped(of, lambda _, f: pattern(f)).values())) for net, of in known]
 
 def _sizes(chosen, name):
     values = [getattr(each, name) for each in chosen]
@@ -180,9 +180,9 @@ _alike = {True: "the same classes lie near each other in every seed", False: "wh
 
 def _beyond(text, each): return each.correlation.low > each.chance
 
-def stable(nets):
+def stable(known):
     """How alike centers are across seeds, from `across_seeds`: a list of `Sentence`s."""
-    return [Sentence(net, "; ".join(_stable(of, texts, beyond) for beyond, texts in grouped(of, _beyond).items())) for net, of in nets]
+    return [Sentence(net, "; ".join(_stable(of, texts, beyond) for beyond, texts in grouped(of, _beyond).items())) for net, of in known]
 
 def _stable(of, texts, beyond):
     chosen = [of[text] for text in texts]
@@ -192,12 +192,12 @@ def _stable(of, texts, beyond):
             f"{size('chance')}; a cosine differs by {size('difference')}, where it is {size('irregular')} away from a regular simplex")
 
 # %% ../../nbs/instruments/findings/direction.ipynb #980f9157
-def stability_table(nets):
+def stability_table(known):
     """A row per net and regularizer of `across_seeds`: correlation, chance, difference, and the cosine after the best rotation."""
     return TextTable(pd.DataFrame([
         {"net": net, "regularizer": regularizer_words(text), "seeds": each.runs, "correlation of the patterns": spelled(each.correlation),
          "by chance up to": number(each.chance), "a cosine differs by": spelled(each.difference), "and from a regular simplex by": number(each.irregular),
-         "cosine after the best rotation": number(each.turned)} for net, of in nets for text, each in of.items()]))
+         "cosine after the best rotation": number(each.turned)} for net, of in known for text, each in of.items()]))
 
 # %% ../../nbs/instruments/findings/direction.ipynb #ecafd50b
 _of_schedules = {"alignment_span": "the mean cosine with the center in the span", "center_r_span_minimal": "the correlation with confidence"}
@@ -244,28 +244,28 @@ def _q_stability(studies):
 ask(Question("q-stability", "Are the centers stable across seeds and schedules?", "direction", _q_stability, "digits-confirm or digits-others"))
 
 # %% ../../nbs/instruments/findings/direction.ipynb #fcfd33c2
-def in_short(nets):
+def in_short(known):
     """Two sentences on `factors`: what each factor does, and where."""
-    if not nets: return ""
-    return f"{_everywhere(nets, 'share', _share)} {_everywhere(nets, 'span', _span)}"
+    if not known: return ""
+    return f"{_everywhere(known, 'share', _share)} {_everywhere(known, 'span', _span)}"
 
 _does = {1: "raises the cosine with the center", -1: "lowers the cosine with the center", 0: "leaves it as it is"}
 
-def _everywhere(nets, name, named):
+def _everywhere(known, name, named):
     """Where the part of one factor raises the cosine and where it lowers it."""
-    ways = grouped({(net, text): sign(getattr(each, name)) for net, of in nets for text, each in of.items()}, lambda _, way: way)
-    size = {(net, text): getattr(each, name).mean for net, of in nets for text, each in of.items()}
+    ways = grouped({(net, text): sign(getattr(each, name)) for net, of in known for text, each in of.items()}, lambda _, way: way)
+    size = {(net, text): getattr(each, name).mean for net, of in known for text, each in of.items()}
     if len(ways) == 1:
         way, keys = next(iter(ways.items()))
         return f"{capital(named)} {_does[way]} on every net with every regularizer (by {spread([size[key] for key in keys], signed=True)})."
-    among = {net: [*of] for net, of in nets}
+    among = {net: [*of] for net, of in known}
     def places(keys): return listed(f"{net} {who([t for n, t in keys if n == net], among[net])}" for net in dict.fromkeys(n for n, _ in keys))
     clauses = [f"{_does[way]} on {places(keys)} (by {spread([size[key] for key in keys], signed=True)})" for way, keys in sorted(ways.items(), reverse=True)]
     return f"{capital(named)} {'; it '.join(clauses)}."
 
 # %% ../../nbs/instruments/findings/direction.ipynb #f86a085e
-def figure(nets):
+def figure(known):
     """The figure of the two parts, its caption where each of them raises or lowers the cosine (`in_short`)."""
-    caption = f"{in_short(nets)} Bars are the parts of the two factors, diamonds their sum with its 95 % interval over seeds."
-    return parts_of_change({net: {text: each._asdict() for text, each in of.items()} for net, of in nets},
+    caption = f"{in_short(known)} Bars are the parts of the two factors, diamonds their sum with its 95 % interval over seeds."
+    return parts_of_change({net: {text: each._asdict() for text, each in of.items()} for net, of in known},
                            {"span": _span, "share": _share}, "whole", "change of the cosine with the center, and its parts", caption)

@@ -84,13 +84,13 @@ def side_by_side(recorded, text="label-smoothing:0.1", seed=0):
     table = plane_table(recorded)
     return figures.plane_regions(nets, f"{closes(table, text)} {_here(table, nets, seed)} {_legend}", columns=2)
 
-def _here(table, nets, seed):
+def _here(table, known, seed):
     """Which regions of the panels are closed."""
     of = {row.regularizer: row.closed for row in table[table["seed"] == seed].itertuples()}
     def closed(name):
         classes = "no region" if not of[name] else f"the region{'s' if len(of[name]) > 1 else ''} of {listed(of[name])}"
         return f"{classes} {who([name], ['', name])}"
-    return f"Closed in this seed: {listed(map(closed, nets))}."
+    return f"Closed in this seed: {listed(map(closed, known))}."
 
 def all_planes(recorded, seed=0):
     """The planes of one seed, before training and with every regularizer; the caption names the closed regions."""
@@ -134,10 +134,10 @@ def speaking_runs(studies, claim_id="cones-anyway"):
     """[(net in words, runs of the study that speaks for it)], those of regularizers that the claim is judged on."""
     return [(net.where, net.runs) for net in nets(studies, claim_id)]
 
-def by_class(nets):
+def by_class(known):
     """The least and the most cone-like class, from `speaking_runs`: a list of `Sentence`s."""
     sentences = []
-    for net, runs in nets:
+    for net, runs in known:
         table = class_degrees(runs)
         if table.empty: continue
         means = table.groupby(level=0).mean()
@@ -146,10 +146,10 @@ def by_class(nets):
         sentences.append(Sentence(net, f"by predicted class, the degree of cone is {listed(clauses)}"))
     return sentences
 
-def class_table(nets):
+def class_table(known):
     """The same as a `TextTable`: a row per net and regularizer, a column per class; means over seeds."""
     lines = []
-    for net, runs in nets:
+    for net, runs in known:
         table = class_degrees(runs)
         means = table.groupby(level=0).mean() if len(table) else table
         lines += [{"net": net, "regularizer": regularizer_words(text)} | {f"class {k}": number(x) for k, x in means.loc[text].items()} for text in ordered(means.index)]
@@ -225,10 +225,10 @@ ask(Question("q-bias", "What when head biases are large?", "regions", _q_bias, "
 # %% ../../nbs/instruments/findings/regions.ipynb #e613869c
 _degree_at = {0: "cone_degree_bias_0", 1: "cone_degree_test", 3: "cone_degree_bias_3", 10: "cone_degree_bias_10", 30: "cone_degree_bias_30"}
 
-def bias_table(nets):
+def bias_table(known):
     """Same prediction and degree of cone, biases times 0 to 30, by net and regularizer; means over seeds."""
     lines = []
-    for net, runs in nets:
+    for net, runs in known:
         stay = {f"same prediction, × {k}": (mean_by(runs, column), "%") for k, column in _times.items()}
         degree = {f"degree, × {k}": (mean_by(runs, column), "") for k, column in _degree_at.items()}
         lines += [{"net": net, "regularizer": regularizer_words(text)} | {name: number(of[text].mean, unit) if text in of else "–" for name, (of, unit) in (stay | degree).items()}
@@ -236,17 +236,17 @@ def bias_table(nets):
     return TextTable(pd.DataFrame(lines))
 
 # %% ../../nbs/instruments/findings/regions.ipynb #2c043984
-def bias_figure(nets, caption):
+def bias_figure(known, caption):
     """Share of predictions that stay against the factor on the biases, a panel per net that has it."""
-    lines = [dict(panel=net, regularizer=text, x=k, value=value) for net, runs in nets for k, column in ({1: None} | _times).items()
+    lines = [dict(panel=net, regularizer=text, x=k, value=value) for net, runs in known for k, column in ({1: None} | _times).items()
              if column is None or column in runs for text, value in zip(runs["regularizer"], [1.0] * len(runs) if column is None else runs[column].astype(float))
              if np.isfinite(value) and _times[30] in runs and runs[_times[30]].notna().any()]
     return figures.over(pd.DataFrame(lines), "biases times", "same prediction", caption, even=True) if lines else claims.Markdown("No record here has biases multiplied.")
 
-def bias_caption(nets):
+def bias_caption(known):
     """How many predictions stay with biases × 10, plain and regularized, in one sentence per net, as a text."""
     sentences = []
-    for net, runs in nets:
+    for net, runs in known:
         at = mean_by(runs, _times[10])
         clauses = [f"{spread([at[text].mean for text in texts], '%')} {who(texts, at)}" for texts in _plain_and_others(at)]
         if clauses: sentences.append(f"{capital(net)}: with biases ten times as large, {listed(clauses)} of predictions stay.")
