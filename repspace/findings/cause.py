@@ -317,19 +317,20 @@ def record_sentences(net):
     return [f"{net.where}, on records: {words}." for words in said if words]
 
 def _in_short(tables):
-    """The shares of label smoothing's effects that a held length reproduces, those known well, over nets, as text; "" without any."""
-    found = [(net, of) for claim_id, table in tables.items() for net in dict.fromkeys(table["net"]) for of in reproduced(table, claim_id, net)]
-    known = [each for each in found if each[1].share[2] - each[1].share[1] <= KNOWN and not each[1].why]
+    """The shares of label smoothing's effects that hard targets with a held mean scale reproduce, over nets, as text; "" without any."""
+    found = [(net, of) for claim_id, table in tables.items() for net in dict.fromkeys(table["net"])
+             for of in reproduced(table, claim_id, net) if of.hold == "logit-scale" and not of.why]
+    def kind(of): return "known" if of.share[2] - of.share[1] <= KNOWN else "more" if of.share[1] > 1 else "unknown"
+    def of_kind(wanted, claim_id): return [(net, of) for net, of in found if of.claim == claim_id and kind(of) == wanted]
     def where(alike): return listed(dict.fromkeys(net for net, _ in alike))
     def share(alike): return spelled(alike[0][1].share, "%") if len(alike) == 1 else _percent([of.share[0] for _, of in alike])
-    told = [f"{share(alike)} of what it does to {OF[claim_id][0]} on {where(alike)}"
-            for claim_id in OF if (alike := [each for each in known if each[1].claim == claim_id])]
-    nets_of = {claim_id: {net for net, of in known if of.claim == claim_id} for claim_id in OF}
-    left = [f"{OF[claim_id][0]} on {where(alike)}" for claim_id in OF
-            if (alike := [(net, of) for net, of in found if of.claim == claim_id and net not in nets_of[claim_id]])]
+    told = [f"{share(alike)} of what it does to {OF[claim_id][0]} on {where(alike)}" for claim_id in OF if (alike := of_kind("known", claim_id))]
+    told += [f"more than all of what it does to {OF[claim_id][0]} on {where(alike)}" for claim_id in OF if (alike := of_kind("more", claim_id))]
+    places = {claim_id: where(of_kind("unknown", claim_id)) for claim_id in OF}
+    left = [f"{listed(OF[claim_id][0] for claim_id in OF if places[claim_id] == place)} on {place}" for place in dict.fromkeys(places.values()) if place]
     if not told: return ""
-    return (f"with hard targets, logits held at label smoothing's length do {listed(told)}"
-            + (f"; what share they have in {listed(left)} these runs cannot tell" if left else "") + ".")
+    return (f"with hard targets, logits whose mean length is held near label smoothing's do {listed(told)}"
+            + (f"; what share they have in its effect on {listed(left)} these runs cannot tell" if left else "") + ".")
 
 def cause(studies):
     """The answer to `q-cause`; its number is the share of label smoothing's effect on the breaking ε that a held scale reproduces."""
