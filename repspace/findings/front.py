@@ -35,15 +35,26 @@ def sides(ledger, side=_side):
     if there.empty: return pd.Series(dtype=str)
     return there.groupby(claims.with_nets(there)["net"], sort=False)["verdict"].agg(side)
 
+def _only(ledger, verdict):
+    """By net, the regularizers that have `verdict` there, in words; "" where all have it."""
+    there = claims.with_nets(ledger[ledger["verdict"] != "not applicable"])
+    def words(rows):
+        alone = rows["regularizer"][rows["verdict"] == verdict]
+        return "" if len(alone) == len(rows) else listed(regularizer_words(text.partition(":")[0]) for text in ordered(alone))
+    return {net: words(rows) for net, rows in there.groupby("net")}
+
 def extent(ledger):
-    """Where a claim holds, in words, from the rows of its evidence: "on tiny CNN, the opposite on ResNet-8"."""
-    there, whole = sides(ledger), sides(ledger, lambda verdicts: set(verdicts) == {"supported"})
+    """Where a claim holds, in words, from the rows of its evidence: "on tiny CNN (CutMix alone), the opposite on ResNet-8"."""
+    there = sides(ledger)
     if there.empty: return "no net here tells"
+    alone = {side: _only(ledger, verdict) for side, verdict in (("for", "supported"), ("against", "contradicted"))}
+    def named(net, side): return f"{net} ({words} alone)" if (words := alone.get(side, {}).get(net)) else net
     if there.nunique() == 1 and len(there) > 1:
-        though = "" if whole.all() else f", though not with each of them on {listed(whole.index[~whole])}"
-        return {"for": f"on every net{though}", "against": "on no net, but the opposite", "divided": "with some and the opposite with others, on every net",
-                "neither": "on no net"}[there.iloc[0]]
-    return ", ".join(words.format(listed(there.index[there == side])) for side, words in _extents.items() if (there == side).any())
+        though = "; ".join(f"on {net} with {words} alone" for net, words in alone["for"].items() if words)
+        return {"for": f"on every net{f', though {though}' if though else ''}", "against": "on no net, but the opposite",
+                "divided": "with some and the opposite with others, on every net", "neither": "on no net"}[there.iloc[0]]
+    return ", ".join(words.format(listed(named(net, side) for net in there.index[there == side]))
+                     for side, words in _extents.items() if (there == side).any())
 
 # %% ../../nbs/instruments/findings/front.ipynb #c7931da4
 def answer(studies):
