@@ -69,18 +69,24 @@ def _line(ax, table, column, look):
 def _ticks(ax, x, xlabel):
     """Ticks at all of `x`, on a logarithmic scale where they reach far."""
     if x[-1] > 8 * x[0] > 0: ax.set_xscale("log")
-    ax.set_xticks(x, [f"{value:g}" for value in x])
+    labels, place = [], (np.log(x) if ax.get_xscale() == "log" else x)
+    for value, here in zip(x, place / max(np.ptp(place), 1e-9)):   # those without room for their label have none
+        room = not any(labels) or here - last > 0.05 * (len(f"{value:g}") + len(shown)) / 2 + 0.02
+        labels.append(f"{value:g}" if room else "")
+        if room: last, shown = here, labels[-1]
+    ax.set_xticks(x, labels)
     ax.minorticks_off()
     ax.set_xlabel(xlabel)
 
 # %% ../../nbs/instruments/figures/curves.ipynb #ad6241f9
 @theme()
-def sweeps(table, quantities, looks, xlabel, caption, levels=None):
+def sweeps(table, quantities, looks, xlabel, caption, levels=None, shared=True):
     """Curves of `table` (columns net, line, x and those of `quantities`, a row per seed), a row of panels per quantity.
 
-    `quantities`: {column: label}; `looks`: {line: `look`}; `levels`: a table without x, whose means are dotted levels."""
+    `quantities`: {column: label}; `looks`: {line: `look`}; `levels`: a table without x, whose means are dotted levels; `shared`:
+    whether nets share the axis of a quantity."""
     nets = list(dict.fromkeys(table["net"]))
-    fig, axes = subplots(len(quantities), len(nets), (full if len(nets) > 1 else 4.6, 1.5 * len(quantities) + 0.8), sharex="col", sharey="row")
+    fig, axes = subplots(len(quantities), len(nets), (full if len(nets) > 1 else 4.6, 1.5 * len(quantities) + 0.8), sharex="col", sharey="row" if shared else False)
     for (column, label), row in zip(quantities.items(), axes):
         for net, ax in zip(nets, row):
             for line, of_line in table[table["net"] == net].groupby("line"): _line(ax, of_line, column, looks[line])

@@ -6,7 +6,7 @@
 __all__ = ['log', 'SEEDS', 'ALIKE', 'PARTS', 'MEASURED', 'SMOOTHED', 'COLUMNS', 'OF', 'KNOWN', 'HOLDS', 'split', 'shares',
            'share_words', 'Arm', 'arm', 'arms', 'of_arm', 'free', 'effects', 'Reproduced', 'reproduced',
            'reproduced_words', 'cause_sentences', 'beyond', 'beyond_words', 'other_rates', 'beyond_sentences',
-           'scale_words', 'scale_sentences', 'scale_figure', 'ledgers', 'rate_words', 'rate_sentence',
+           'scale_words', 'scale_sentences', 'scale_figure', 'scale_list', 'ledgers', 'rate_words', 'rate_sentence',
            'record_sentences', 'cause', 'records_figure', 'records_table', 'arms_table', 'in_short']
 
 # %% ../../nbs/instruments/findings/cause.ipynb #f657ec55
@@ -274,9 +274,14 @@ def scale_figure(studies, targets=("none", SMOOTHED)):
               for target in ("none", SMOOTHED)}
     levels = free(studies, held).assign(line=lambda of: of["target"])
     quantities = {"accuracy": "accuracy", "ece": "calibration error", "confidence_gap": "confidence − accuracy", "log2_break": "log₂ of the breaking ε"}
+    caption = capital(_in_short(ledgers(studies)))
+    return figures.sweeps(held, quantities, looks, "scale S at which logits are held", f"{caption} Bands are 95 % intervals over seeds.".strip(), levels, shared=False)
+
+def scale_list(studies):
+    """At which scales hard targets with held logits do better and worse than plain training, a line per net and hold, as `Markdown`."""
     tables = ledgers(studies)
-    caption = " ".join(capital(text) for net in dict.fromkeys(held["net"]) for text in scale_sentences(tables, net))
-    return figures.sweeps(held, quantities, looks, "scale S at which logits are held", f"{caption} Bands are 95 % intervals over seeds.".strip(), levels)
+    nets_of = dict.fromkeys(net for table in tables.values() for net in table["net"])
+    return claims.joined([Markdown("- {}", capital(text)) for net in nets_of for text in scale_sentences(tables, net)])
 
 def ledgers(studies): return {claim_id: effects(studies, claim_id) for claim_id in OF}
 
