@@ -44,11 +44,11 @@ def caused(confirmed): return findings.Studies([study(confirmed, ARMS, range(100
 def test_arms_answer_what_is_asked_of_length(caused):
     answer = cause.cause(caused)
     text = " ".join(answer.sentences)
-    assert "hard targets with the mean scale of logits held at 4.28: accuracy" in text and "(8 seeds)." in text
+    assert "hard targets with the mean scale of logits held at 4.28 (trained at a rate of 0.4): accuracy" in text and "(8 seeds)." in text
     assert "with the mean scale of logits held at 4.28, soft targets instead of hard ones: accuracy is" in text
     assert "on records" not in text and answer.unit == "%" and answer.net == "tiny CNN on 8×8 digits"
     assert answer.number == pytest.approx(1)   # the held arm is label smoothing's runs
-    assert "reproduces of its effect on accuracy" in cause.in_short(caused).text
+    assert "of what it does to accuracy on tiny CNN on 8×8 digits" in cause.in_short(caused).text
 
 
 def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused):
@@ -57,7 +57,8 @@ def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused
     levels = cause.free(caused, held)
     assert set(levels["target"]) == {"none", SMOOTHED} and len(levels) == 16
     figure = cause.scale_figure(caused)
-    assert "higher at 4.28 and not decidedly different at 38" in figure.caption and "plain, left free" in figure.svg
+    assert figure.caption.startswith("With hard targets, logits whose mean length is held near") and "plain, left free" in figure.svg
+    assert "higher at 4.28 and not decidedly different at 38" in cause.scale_list(caused).text
     assert cause.arms_table(caused).text.count("\n") == 6
     assert cause.scale_figure(caused, ("cutmix:1.0",)).text.startswith("No record here")
 
