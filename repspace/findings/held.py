@@ -10,11 +10,10 @@ __all__ = ['STUDY', 'CHOSEN_IN', 'SEEDS', 'SOFT', 'OUTCOMES', 'WORDS', 'RULE', '
 import hashlib
 import json
 
-import numpy as np
 import pandas as pd
 
 from .. import claims, stats
-from ..claims import Markdown, markdown_table, preregistration
+from ..claims import Markdown, preregistration
 from ..claims.sentences import net_words, spelled
 from ..claims.statements import Pair
 from .cause import arm
@@ -97,8 +96,9 @@ def judged(recorded):
 def _outcome(row):
     words, unit, better, _ = OUTCOMES[row.outcome]
     worse = WORDS[row.verdict].format(listed(regularizer_words(text) for text in row.worse))
-    means = {text: spelled(stats.mean_interval(better * each), unit, True) for text, each in row.differences.items()}
-    return f"in {words} {worse} ({', '.join(f'{means[text]} against {regularizer_words(text.partition(chr(58))[0])}' for text in means)})"
+    means = [f"{spelled(stats.mean_interval(better * each), unit, True)} against {regularizer_words(text.partition(':')[0])}"
+             for text, each in row.differences.items()]
+    return f"in {words} {worse} ({', '.join(means)})"
 
 def held_sentences(recorded):
     """What came out, a sentence for each net, as text."""
