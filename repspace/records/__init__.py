@@ -223,25 +223,34 @@ def reference(runs):
 
 # %% ../../nbs/instruments/records/index.ipynb #d5289776
 def _fresh(folders, study, faults):
-    """(row, samples) of each fresh record by (condition, seed); what is left out goes to `faults`."""
+    """The rows of the fresh records by (condition, seed), and their samples, a list; what is left out goes to `faults`."""
+    rows, tables = {}, []
     for name, folder in folders.fresh(study).items():
         try: run, samples = read(folder)
         except FAULTS as error: faults.append(files.fault(error))
-        else: yield name, _row(run, "fresh", len(samples)), samples
+        else:
+            rows[name] = _row(run, "fresh", len(samples))
+            tables.append(samples.assign(condition=name[0], seed=name[1]))
+    return rows, tables
+
+def _runs_of(samples):
+    """The runs that have rows in `samples`: a set of (condition, seed)."""
+    return set(samples[["condition", "seed"]].drop_duplicates().itertuples(index=False, name=None))
 
 def _published(folders, study, faults):
-    """(row, samples) of each published record by (condition, seed); as `_fresh`."""
+    """As `_fresh`, of the published records."""
     published = folders.published(study)
     try:
         faults += published.faults
-        rows = dict(list(published.samples.groupby(["condition", "seed"]))) if published.runs else {}
-        if published.keep == "scalars": rows = dict.fromkeys(published.runs, published.samples)
+        if not published.runs: return {}, []
+        samples = published.samples
     except FAULTS as error:
         faults.append(files.fault(error))
-        return
-    for name, run in published.runs.items():
-        if name in rows: yield name, _row(run, "published"), rows[name]
-        else: faults.append(files.damaged(published.root / "samples.parquet", f"no rows of {name}"))
+        return {}, []
+    there = published.runs if published.keep == "scalars" else _runs_of(samples)
+    faults += [files.damaged(published.root / "samples.parquet", f"no rows of {name}")
+               for name in published.runs if name not in there]
+    return {name: _row(run, "published") for name, run in published.runs.items() if name in there}, [samples]
 
 # %% ../../nbs/instruments/records/index.ipynb #c24f2295
 def load(study, source=None, runs=None, results=None):
@@ -251,21 +260,22 @@ def load(study, source=None, runs=None, results=None):
     `runs` and `results`: the two folders (default: `runs_root()`, and of `results_places()` the
     first that has the study). `ValueError` if there are no records.
     """
-    folders, records, faults = Folders(runs, results), {}, []
+    folders, records, tables, faults = Folders(runs, results), {}, [], []
     for kind in _sources(source):
-        of_kind = _fresh if kind == "fresh" else _published
-        for name, row, samples in of_kind(folders, study, faults):
-            records.setdefault(name, (row | {"study": study},
-                                      samples.assign(condition=name[0], seed=name[1])))
+        rows, samples = (_fresh if kind == "fresh" else _published)(folders, study, faults)
+        new = {name: row | {"study": study} for name, row in rows.items() if name not in records}
+        tables += [table[pd.MultiIndex.from_frame(table[["condition", "seed"]]).isin(list(new))] for table in samples if new]
+        records |= new
     for fault in faults: log.warning("left out: %s", fault)
-    old = sum((row["made"]["schema"] or 2) < 3 for row, _ in records.values())
+    old = sum((row["made"]["schema"] or 2) < 3 for row in records.values())
     if old: log.warning("%d of %d runs of %s are of schema 2: without checksums", old, len(records), study)
     if not records and faults:
         raise ValueError(f"no record of study {study!r} can be read: {faults[0]}")
     if not records: raise no_records(study, folders.runs, folders.results)
-    rows, tables = zip(*(records[name] for name in sorted(records)))
-    table = pd.DataFrame(rows).astype({"feature_dim": "Int64", "test_images": "Int64"})
-    samples = first_columns(pd.concat(tables, ignore_index=True), "condition", "seed")
+    table = pd.DataFrame([records[name] for name in sorted(records)])
+    table = table.astype({"feature_dim": "Int64", "test_images": "Int64"}).copy()   # in one piece: pandas is slow with many
+    samples = pd.concat(tables).sort_values(["condition", "seed"], kind="stable", ignore_index=True)
+    samples = first_columns(samples, "condition", "seed")
     return Records(table, samples, folders)
 
 # %% ../../nbs/instruments/records/index.ipynb #5e0f7a02
