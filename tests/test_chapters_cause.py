@@ -43,12 +43,12 @@ def caused(confirmed): return findings.Studies([study(confirmed, ARMS, range(100
 
 def test_arms_answer_what_is_asked_of_length(caused):
     answer = cause.cause(caused)
-    text = " ".join(answer.sentences)
+    text = " ".join(answer.details)
     assert "hard targets with the mean scale of logits held at 4.28 (trained at a rate of 0.4): accuracy" in text and "(8 seeds)." in text
     assert "with the mean scale of logits held at 4.28, soft targets instead of hard ones: accuracy is" in text
     assert "on records" not in text and answer.unit == "%" and answer.net == "tiny CNN on 8×8 digits"
     assert answer.number == pytest.approx(1)   # the held arm is label smoothing's runs
-    assert "of what it does to accuracy on tiny CNN on 8×8 digits" in cause.in_short(caused).text
+    assert "of its effect on accuracy on tiny CNN" in answer.sentences[0] and answer.sentences[0] in cause.in_short(caused).text.replace("&#91;", "[").replace("&#93;", "]")
 
 
 def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused):
@@ -57,7 +57,7 @@ def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused
     levels = cause.free(caused, held)
     assert set(levels["target"]) == {"none", SMOOTHED} and len(levels) == 16
     figure = cause.scale_figure(caused)
-    assert figure.caption.startswith("With hard targets, logits whose mean length is held near") and "plain, left free" in figure.svg
+    assert figure.caption.startswith("Hard targets with logits held, on average, about as short as") and "plain, left free" in figure.svg
     assert "higher at 4.28 and not decidedly different at 38" in cause.scale_list(caused).text
     assert cause.arms_table(caused).text.count("\n") == 6
     assert cause.scale_figure(caused, ("cutmix:1.0",)).text.startswith("No record here")
@@ -65,14 +65,16 @@ def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused
 
 def test_an_arm_that_does_not_learn_has_no_share(confirmed):
     lazy = study(confirmed, ARMS, range(100, 108), train_accuracy=0.9)
-    text = " ".join(cause.cause(findings.Studies([lazy])).sentences)
+    answer = cause.cause(findings.Studies([lazy]))
+    text = " ".join(answer.details)
+    assert "No held net here tells" in answer.sentences[0]
     assert "no share: training accuracy below 0.99" in text and "a share of" not in text
 
 
 def test_arms_of_one_study_pair_with_label_smoothing_of_another(confirmed):
     arms = {"none": "none", "logit-scale:5.3": SMOOTHED, "logit-norm:5.3": SMOOTHED}
     others = findings.Studies([study(confirmed, arms, range(103, 110), "cifar10-cause"), study(confirmed, {"none": "none", SMOOTHED: SMOOTHED}, range(100, 108), "cifar10-confirm")])
-    text = " ".join(cause.cause(others).sentences)
+    text = " ".join(cause.cause(others).details)
     assert "held at 5.3: accuracy" in text and "(5 seeds)" in text and "soft targets instead" not in text
 
 

@@ -6,7 +6,8 @@
 __all__ = ['LOSSES', 'SEEDS', 'columns', 'FEW', 'TURN', 'grid_of', 'breaking', 'both', 'later', 'success', 'best_loss',
            'range_words', 'range_sentence', 'loss_sentence', 'strong', 'union_sentence', 'signs', 'masking_sentence',
            'crossings', 'crossing_words', 'turn', 'turn_words', 'helped', 'help_words', 'why_words',
-           'breakdown_sentences', 'strength', 'breakdown', 'range_figure', 'breakdown_figure', 'table', 'in_short']
+           'breakdown_sentences', 'range_brief', 'strong_brief', 'loss_brief', 'breakdown_brief', 'crossed_brief',
+           'strength', 'breakdown', 'range_figure', 'breakdown_figure', 'table', 'in_short']
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #b6faab64
 import numpy as np
@@ -15,7 +16,7 @@ import pandas as pd
 from .. import figures, geometry, interventions, records, stats
 from ..claims import Markdown, markdown_table
 from ..claims.sentences import spelled, spread, who
-from .comparisons import nets, numbers, over_seeds, sign
+from .comparisons import grouped, in_pairs, in_places, nets, numbers, over_seeds, sign
 from .questions import Answer, Question, ask
 from ..vocabulary import attack_words, capital, listed, number, regularizer_words
 
@@ -276,30 +277,87 @@ def breakdown_sentences(net):
     why = why_words(table, texts[1:])
     return [f"{net.where}: {words}." for words in (why, crossing_words(table), turn_words(table, texts, among), help_words(table, texts[1:], among)) if words]
 
+# %% ../../nbs/instruments/findings/attacks.ipynb #d289848a
+def _pairs_words(pairs, known):
+    """Pairs of net and text, with whatever follows, in words, by net; `known`: all that there are."""
+    return in_pairs(*([(net.words, text) for net, text, *_ in of] for of in (pairs, known)))
+
+def _ways(net):
+    """{regularizer: "less", "more", "both" or "neither"}: whether it lowers or raises success anywhere over the limits."""
+    breaks, grid, ways = net.kept(breaking), grid_of(net), {}
+    for text in net.texts:
+        changes = success(breaks, text, grid, best_loss(breaks))
+        signs = {sign(over_seeds(changes[limit].dropna())) for limit in changes} if len(changes) else None
+        if signs is not None: ways[text] = "both" if {-1, 1} <= signs else "less" if -1 in signs else "more" if 1 in signs else "neither"
+    return ways
+
+_told = {"less": "images break less often at some of the limits and more often at none", "more": "they break more often at some and less often at none",
+         "both": "they break less often at some limits and more often at others", "neither": "nothing is decided at any limit"}
+
+def range_brief(known):
+    """What happens over the whole range of limits on the nets `known`, as text; "" where no image tells."""
+    found = [(net, text, way) for net in known for text, way in _ways(net).items()]
+    return "; ".join(f"{words} {_pairs_words(alike, found)}" for way, words in _told.items() if (alike := [of for of in found if of[2] == way]))
+
+def strong_brief(known):
+    """On which of the nets `known` strong attacks were tried, and how far they move what regularizers do, a list of texts."""
+    tried = {net.words: net for net in known if len(net.kept(strong))}
+    left = [net.words for net in known if net.words not in tried]
+    said = [f"no strong attack, black box or transfer was tried {in_places(left, [net.words for net in known])}"] if left else []
+    for words, net in tried.items():
+        table = net.kept(strong)
+        more = table["union"] - table["weak"]
+        if "none" not in table.index.get_level_values(0): continue
+        moved = [abs((_of_more(more, text) - _of_more(more, "none")).mean()) for text in net.texts if text in table.index.get_level_values(0)]
+        said.insert(0, f"{listed(_tried(table))} together break {number(more.mean(), 'points')} more of the images than the weak ones among them "
+                       f"{in_places([words], [each.words for each in known])}, and move the effect of no regularizer by more than {number(max(moved, default=np.nan), 'points')}")
+    return said
+
+def _of_more(more, text): return more.xs(text, level="regularizer")
+
+def loss_brief(known):
+    """Whether the cross-entropy alone would have said too much for the regularizers, on the nets `known`, as text; "" without a margin loss."""
+    gains = [(net, text, changes["cross-entropy"] - changes["either"]) for net in known for text in net.texts
+             if len(changes := later(net.kept(breaking), text).dropna())]
+    words = {1: "PGD with the cross-entropy alone is too favourable", -1: "it is too harsh", 0: "it makes no decided difference"}
+    return "; ".join(f"{told} {_pairs_words(alike, gains)} (by {spread([abs(gain.mean()) for _, _, gain in alike])} in log₂ ε)"
+                     for way, told in words.items() if (alike := [of for of in gains if sign(over_seeds(of[2])) == way]))
+
+def breakdown_brief(known):
+    """Which of the two ways ends the help, by net, and how often the origin is crossed: sentences."""
+    there = {net.words: net.kept(crossings) for net in known if "none" in set(net.kept(crossings)["line"])}
+    whys = {words: why for words, table in there.items() if (why := why_words(table, [text for text in dict.fromkeys(table["line"]) if text != "none"]))}
+    said = [f"{capital(in_places(alike, there))}: {why}." for why, alike in grouped(whys, lambda _, why: why).items()]
+    return [*said, *([f"{crossed_brief(list(there.values()))}."] if there else [])]
+
+def crossed_brief(tables):
+    """How many vectors have crossed the origin when their images break, over all of `tables` (of `crossings`), as text."""
+    first = pd.concat(tables).groupby(["net", "line"])["crossed_first"].mean()
+    word = "has hardly ever" if first.max() < FEW else "has now and then" if first.max() < 0.2 else "has often"
+    return f"When an image breaks, its vector {word} crossed the origin: {spread(first, '%')} have, by net and regularizer"
+
 # %% ../../nbs/instruments/findings/attacks.ipynb #907052e9
 _missing = "cifar10-confirm (AutoAttack's APGD, Square) and, on a GPU, cifar10 (transfer too)"
 
 def strength(studies):
-    """The answer to `q-strength`: over the whole range, by loss, under strong attacks, and masking."""
+    """The answer to `q-strength`: over the whole range, under strong attacks, by loss; net by net with masking too."""
     known = nets(studies)
-    said = [sentence for say in (union_sentence, range_sentence, loss_sentence, masking_sentence) for sentence in map(say, known) if sentence]
+    details = [sentence for say in (union_sentence, range_sentence, loss_sentence, masking_sentence) for sentence in map(say, known) if sentence]
     if not any(map(range_sentence, known)): return None
-    without = [net.words for net in known if net.kept(strong).empty]
-    if without: said.append(f"No strong attack, black box or transfer was tried on {listed(without)}.")
-    for net in known:
-        changes = later(net.kept(breaking), net.texts[0])["either"].dropna()
-        if len(changes): return Answer(list(map(capital, said)), *stats.mean_interval(changes), "", net.words)
-    return Answer(list(map(capital, said)))
+    said = [f"{capital(text)}." for text in [range_brief(known), *strong_brief(known), loss_brief(known)] if text]
+    found = [(changes, net) for net in known if len(changes := later(net.kept(breaking), net.texts[0])["either"].dropna())]
+    number_of = [*stats.mean_interval(found[0][0]), "", found[0][1].words] if found else []
+    return Answer(said, *number_of, details=list(map(capital, details)))
 
 def breakdown(studies):
     """The answer to `q-breakdown`; its number is the share that has crossed the origin at the limit that breaks an image, plain."""
-    said, number_of = [], []
-    for net in nets(studies):
-        said += breakdown_sentences(net)
+    known, details, number_of = nets(studies), [], []
+    for net in known:
+        details += breakdown_sentences(net)
         table = net.kept(crossings)
         shares = table[table["line"] == "none"].groupby("seed")["crossed_first"].first().dropna()
         if len(shares) and not number_of: number_of = [*stats.mean_interval(shares), "%", net.words]
-    return Answer(list(map(capital, said)), *number_of) if said else None
+    return Answer(breakdown_brief(known), *number_of, details=list(map(capital, details))) if details else None
 
 ask(Question("q-strength", "The attacks are weak and the limit looks hand-picked: what happens over the whole range of limits, under AutoAttack, a black-box "
              "attack (Square) and transfer? Is any of it gradient masking?", "attacks", strength, _missing))
@@ -338,13 +396,6 @@ def table(studies):
     return markdown_table(head, lines)
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #260be538
-def _pairs_words(pairs, known):
-    """(net, text) pairs in words, by net; `known`: all that there are."""
-    if len(pairs) == len(known): return "with every regularizer on every net"
-    by_net = {}
-    for net, text in pairs: by_net.setdefault(net.words, (net, []))[1].append(text)
-    return listed(f"{who(texts, net.texts)} on {words}" for words, (net, texts) in by_net.items())
-
 def _changes(net, text):
     breaks = net.kept(breaking)
     return later(breaks, text)[best_loss(breaks)].dropna()
@@ -355,8 +406,5 @@ def in_short(studies):
     said = [f"Images withstand {word} limits {_pairs_words(pairs, known)}" for word, wanted in (("larger", 1), ("smaller", -1))
             if (pairs := [pair for pair in known if sign(over_seeds(_changes(*pair))) == wanted])]
     tables = [table for net in nets(studies) if len(table := net.kept(crossings))]
-    if tables:
-        first = pd.concat(tables).groupby(["net", "line"])["crossed_first"].mean()
-        said.append(f"When an image breaks, its vector {'has hardly ever' if first.max() < FEW else 'has now and then' if first.max() < 0.2 else 'has often'} "
-                    f"crossed the origin: {spread(first, '%')} have")
+    if tables: said.append(crossed_brief(tables))
     return Markdown("{}", ". ".join(said) + ".") if said else Markdown("No record here tells.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Net', 'nets', 'spoken', 'by_net', 'intervals', 'by_regularizer', 'Side', 'paired', 'over_regularizers', 'change',
-           'numbers', 'over_seeds', 'mean_by', 'named', 'grouped', 'sign', 'side', 'by_sign', 'pattern', 'over_nets',
-           'bullets', 'per_net', 'table', 'unjudged']
+           'numbers', 'over_seeds', 'mean_by', 'named', 'in_places', 'in_pairs', 'grouped', 'sign', 'side', 'by_sign',
+           'pattern', 'over_nets', 'over_places', 'bullets', 'per_net', 'table', 'unjudged']
 
 # %% ../../nbs/instruments/findings/comparisons.ipynb #e86e1342
 from typing import NamedTuple
@@ -141,6 +141,22 @@ def _with_strengths(name, texts):
     return f"{regularizer_words(name)} {strengths}".strip()
 
 # %% ../../nbs/instruments/findings/comparisons.ipynb #4fa1d26e
+def in_places(nets, among):
+    """Where something holds, in words: "on every net", or the `nets` of `among`, without their data where a model has no other here."""
+    nets, models = dict.fromkeys(nets), [net.partition(" on ")[0] for net in dict.fromkeys(among)]
+    if len(nets) == len(models) > 1: return "on every net"
+    def brief(net):
+        model, _, data = net.partition(" on ")
+        return f"{model}{' (exploratory)' * data.endswith(' (exploratory)')}" if models.count(model) == 1 else net
+    return f"on {listed(map(brief, nets))}"
+
+def in_pairs(pairs, among):
+    """`pairs` of net in words and regularizer text as words: "with Mixup on tiny CNN and with all three on ResNet-8"; `among`: all that there are."""
+    nets = {net: [text for of, text in among if of == net] for net in dict.fromkeys(net for net, _ in among)}
+    if len(pairs) == len(among) and len(nets) > 1:
+        return f"with {'and without regularization' if 'none' in {text for _, text in pairs} else 'every regularizer'} on every net"
+    return listed(f"{named([text for of, text in pairs if of == net], texts)} {in_places([net], nets)}" for net, texts in nets.items() if net in dict(pairs))
+
 def grouped(items, pattern):
     """{pattern(key, value): [keys]} of a dict, in order: what is alike is said once."""
     alike = {}
@@ -157,16 +173,20 @@ def side(interval):
     """The `sign` of (mean, low, high) in a word: where it lies, "below" zero, "above" it, or "neither"."""
     return {-1: "below", 1: "above", 0: "neither"}[sign(interval)]
 
+def _size(rows, name, unit, absolute):
+    """The effects of `rows`, all on the `side` `name`, as text."""
+    said = unit if isinstance(unit, Said) else Said("", "", "", "", unit)
+    return size(said, rows, signed=name == "neither" or not absolute, absolute=absolute and name != "neither")
+
 def by_sign(effects, words, unit="", absolute=True):
     """A clause for each sign that rows of `effects` have, joined by "; ": `words` by `side`, with {who} and {size} in them.
 
     `absolute`: sizes without their sign, where it is said by the words. `unit`: of the sizes, or a `Said` that knows their scale."""
-    said, clauses = unit if isinstance(unit, Said) else Said("", "", "", "", unit), []
-    of = effects.assign(side=[side(each) for each in intervals(effects)])
+    clauses, of = [], effects.assign(side=[side(each) for each in intervals(effects)])
     for name in ("below", "above", "neither"):
         there = of[of["side"] == name]
         if there.empty: continue
-        told = size(said, there, signed=name == "neither" or not absolute, absolute=absolute and name != "neither")
+        told = _size(there, name, unit, absolute)
         clauses.append(words[name].format(who=named(there["regularizer"], of["regularizer"]), size=told))
     return "; ".join(clauses)
 
@@ -177,9 +197,22 @@ def pattern(effects):
     return there.pop() if len(there) == 1 else "mixed"
 
 def over_nets(effects_of, words):
-    """A sentence that groups nets: `effects_of` {net in words: its rows}, `words` by `pattern`, with {nets}; "" without rows."""
-    by_pattern = grouped({net: effects for net, effects in effects_of.items() if len(effects)}, lambda _, effects: pattern(effects))
-    return "; ".join(words[name].format(nets=listed(by_pattern[name])) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
+    """A sentence that groups nets: `effects_of` {net in words: its rows}, `words` by `pattern`, with {where}; "" without rows."""
+    known = {net: effects for net, effects in effects_of.items() if len(effects)}
+    by_pattern = grouped(known, lambda _, effects: pattern(effects))
+    return "; ".join(words[name].format(where=in_places(by_pattern[name], known)) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
+
+def over_places(effects_of, words, unit="", absolute=True):
+    """As `by_sign`, over the rows of several nets, `effects_of` {net in words: its rows}: {who} says with which regularizers on which nets."""
+    known = [(net, row) for net, effects in effects_of.items() for row in effects.assign(net=net).to_dict("records")]
+    clauses = []
+    for name in ("below", "above", "neither"):
+        there = [(net, row) for net, row in known if side([row["effect"], row["low"], row["high"]]) == name]
+        if not there: continue
+        told = _size(pd.DataFrame([row for _, row in there]), name, unit, absolute)
+        pairs, among = ([(net, row["regularizer"]) for net, row in of] for of in (there, known))
+        clauses.append(words[name].format(who=in_pairs(pairs, among), size=told))
+    return "; ".join(clauses)
 
 # %% ../../nbs/instruments/findings/comparisons.ipynb #a27c7ce8
 def bullets(sentences, nothing="No record here tells."):

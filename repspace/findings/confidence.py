@@ -55,8 +55,8 @@ def _of_nets(found, value): return {net.where: paired(net.runs, value) for net i
 def gist_of_gap(found):
     """On which side of zero the gap is with regularization, all nets in one clause."""
     return over_nets(_of_nets(found, lambda own, plain: own["confidence_gap"]), {
-        "below": "every regularizer ends underconfident on {nets}", "above": "every regularizer ends overconfident on {nets}",
-        "mixed": "regularizers end on different sides of zero, or near it, on {nets}", "neither": "no regularizer ends over- or underconfident on {nets}"})
+        "below": "every regularizer ends underconfident {where}", "above": "every regularizer ends overconfident {where}",
+        "mixed": "regularizers end on different sides of zero, or near it, {where}", "neither": "no regularizer ends over- or underconfident {where}"})
 
 def sentence_of(clause): return f"{capital(clause)}."
 
@@ -69,7 +69,7 @@ def answer_overshoot(studies):
     found = nets(studies, "calibration")
     if not found: return None
     interval, where = gap_now(found)
-    return Answer([sentence_of(gist_of_gap(found)), *map(overshoot_sentence, found)], *interval, "points", where)
+    return Answer([sentence_of(gist_of_gap(found))], *interval, "points", where, list(map(overshoot_sentence, found)))
 
 ask(Question("q-overshoot", "Mixup and CutMix can end underconfident: is it better calibrated, or only less confident?", "confidence",
              answer_overshoot, "a study with plain and regularized nets, such as digits-confirm,"))
@@ -111,8 +111,8 @@ def rival_rows(found):
 def gist_of_rival(found):
     """Who has the lower NLL, all nets: two sentences, the rival alone and with a temperature on both; those of which something is known."""
     alone, both = (over_nets(_of_nets(found, value), {
-        "below": f"every regularizer beats {rival} on {{nets}}", "above": f"{rival} beats every regularizer on {{nets}}",
-        "mixed": f"whether a regularizer beats {rival} depends on which, on {{nets}}", "neither": f"no regularizer is clearly better or worse than {rival} on {{nets}}"})
+        "below": f"every regularizer beats {rival} {{where}}", "above": f"{rival} beats every regularizer {{where}}",
+        "mixed": f"whether a regularizer beats {rival} depends on which, {{where}}", "neither": f"no regularizer is clearly better or worse than {rival} {{where}}"})
         for value, rival in ((_as_it_is, "plain training with one temperature"), (change("nll_temperature"), "plain training")))
     return [text for text in (alone and f"By negative log-likelihood, {alone}.", both and f"With a temperature on both, {both}.") if text]
 
@@ -225,8 +225,8 @@ def _of_net(ledger, net):
 def gist_of_scaling(found):
     """How the likelihood after scaling by hand compares, all nets in one sentence."""
     told = over_nets(_of_nets(found, lambda own, plain: own["nll"] - plain["nll_feature_scale"]), {
-        "below": "training with any of the regularizers has the better likelihood on {nets}", "above": "scaling the plain net by hand has the better likelihood on {nets}",
-        "mixed": "which of the two has the better likelihood depends on the regularizer on {nets}", "neither": "the two are not clearly different on {nets}"})
+        "below": "training with any of the regularizers has the better likelihood {where}", "above": "scaling the plain net by hand has the better likelihood {where}",
+        "mixed": "which of the two has the better likelihood depends on the regularizer {where}", "neither": "the two are not clearly different {where}"})
     return f"For calibration, {told}; for robustness, scaling by hand does nothing but for biases."
 
 def answer_scaling(studies):
@@ -237,7 +237,7 @@ def answer_scaling(studies):
     told = [*filter(None, map(scaling_sentence, found)),
             *per_net(found, lambda net: by_hand_sentence(net, _of_net(ledger, net)), "what robustness is judged by")]
     interval, where = gap_now(found, lambda own, plain: own["nll"] - plain["nll_feature_scale"])
-    return Answer([gist_of_scaling(found), *told], *interval, "", where)
+    return Answer([gist_of_scaling(found)], *interval, "", where, told)
 
 ask(Question("q-scaling", "Is scaling features by hand the same as training with soft labels, for calibration and for robustness?", "confidence",
              answer_scaling, "a study with plain and regularized nets, such as digits-confirm,"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parts', 'Factors', 'factors', 'pattern', 'moves', 'rivals', 'Stability', 'over_pairs', 'stability', 'across_seeds',
-           'stable', 'stability_table', 'schedules', 'in_short', 'figure']
+           'stable', 'stability_table', 'schedules', 'stable_brief', 'schedules_brief', 'in_short', 'figure']
 
 # %% ../../nbs/instruments/findings/direction.ipynb #6a73e488
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import pandas as pd
 from .. import geometry, stats
 from ..claims import TextTable
 from ..claims.sentences import Sentence, spelled, spread, who
-from .comparisons import by_net, by_regularizer, grouped, nets, sign
+from .comparisons import by_net, by_regularizer, grouped, in_pairs, nets, sign
 from .questions import Answer, Question, ask
 from ..figures import parts_of_change
 from ..records import NotKept
@@ -232,14 +232,36 @@ def _between(recorded, sides):
 # %% ../../nbs/instruments/findings/direction.ipynb #341016fb
 _not_yet = "Schedules: no record here has half or twice the epochs; digits-others would."
 
+def stable_brief(known):
+    """Where the same classes lie near each other in every seed, and where not, from `across_seeds`: a list of one sentence or none."""
+    alike = grouped({(net, text): _beyond(text, each) for net, of in known for text, each in of.items()}, lambda _, beyond: beyond)
+    among = [(net, text) for net, of in known for text in of]
+    clauses = [f"{_alike[beyond]} {in_pairs(alike[beyond], among)}" for beyond in (True, False) if beyond in alike]
+    return [f"{capital('; '.join(clauses))}."] if clauses else []
+
+def schedules_brief(recorded):
+    """By how much half and twice the epochs change the cosine with the center, at most, a list of one sentence."""
+    changes = [stats.mean_interval(change) for _, _, change in _of_epochs(recorded, "alignment_span")]
+    largest = max(changes, key=lambda interval: abs(interval.mean))
+    return [f"The largest change of the mean cosine with the center in the span by half or twice the epochs is {spelled(largest, signed=True)}."]
+
+def _of_epochs(recorded, column):
+    """(net's data and model, regularizer text, change by seed) of a column, for each schedule with runs beside plain ones."""
+    for net, of_net in recorded.runs.groupby(["data", "model"], sort=False):
+        plain = of_net[of_net["regularizer"] == "none"].set_index("seed")[column]
+        for text in [text for text in of_net["regularizer"].unique() if text.startswith("epochs:")]:
+            change = (of_net[of_net["regularizer"] == text].set_index("seed")[column] - plain).astype(float).dropna()
+            if len(change): yield net, text, change
+
 def _q_stability(studies):
     seeds, others = across_seeds(studies), schedules(studies.recorded("digits-others")) if hasattr(studies, "recorded") else []
     if not seeds and not others: return None
-    sentences = [f"Across seeds, {each.text}" for each in stable(seeds)] + ([f"Across schedules, {each.text}" for each in others] or [_not_yet])
-    if not seeds: return Answer(sentences)
+    details = [f"Across seeds, {each.text}" for each in stable(seeds)] + [f"Across schedules, {each.text}" for each in others]
+    sentences = [*stable_brief(seeds), *(schedules_brief(studies.recorded("digits-others")) if others else [_not_yet])]
+    if not seeds: return Answer(sentences, details=details)
     net, of = seeds[0]
     text = next(iter(of))
-    return Answer(sentences, *of[text].correlation, net=f"{net}, {who([text], ['', text])}")
+    return Answer(sentences, *of[text].correlation, net=f"{net}, {who([text], ['', text])}", details=details)
 
 ask(Question("q-stability", "Are the centers stable across seeds and schedules?", "direction", _q_stability, "digits-confirm or digits-others"))
 

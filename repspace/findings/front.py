@@ -15,7 +15,7 @@ import pandas as pd
 from .. import claims, figures
 from ..claims import Markdown, joined, markdown_table
 from ..claims.sentences import net_words
-from .questions import QUESTIONS
+from .questions import QUESTIONS, answer_to
 from .studies import rows
 from ..vocabulary import DATA, MODELS, capital, data_words, listed, number, ordered, regularizer_style, regularizer_words, visible
 
@@ -66,7 +66,7 @@ def answer(studies):
 
 def _first(studies, question_id):
     """The first sentence of a question's answer, a list of none or one."""
-    answer = QUESTIONS[question_id].answer(studies) if question_id in QUESTIONS else None
+    answer = answer_to(studies, question_id) if question_id in QUESTIONS else None
     return list(answer.sentences[:1]) if answer else []
 
 def _why(studies): return [Markdown("Why? {}", sentence) for sentence in _first(studies, "q-cause")]

@@ -16,7 +16,7 @@ from ..claims import families
 from ..claims.scale import at_equal_scale
 from ..claims import TextTable
 from ..claims.sentences import net_words, spelled
-from .comparisons import Net, by_sign, named, nets, over_nets, over_regularizers, paired, per_net, unjudged
+from .comparisons import Net, by_sign, intervals, named, nets, over_places, over_regularizers, paired, per_net, side, unjudged
 from .questions import Answer, Question, ask
 from ..stats import Interval
 from ..vocabulary import capital, number, regularizer_words
@@ -76,15 +76,20 @@ def own_sentence(rows):
 
 # %% ../../nbs/instruments/findings/others.ipynb #88a9701c
 def gist_of_scale(table):
-    """What other ways of shrinking do to the limits that break an image, at equal scale, all nets in one sentence; "" where nothing is known."""
+    """Which other ways of shrinking do the same everywhere to the limits that break an image, at equal scale; "" where nothing is known."""
     shrinks = table["regularizer"].map(lambda text: "shrink" in families.roles(text))
     of = table[(table["column"] == "log2_break") & (table["seeds"] > 1) & shrinks]
-    told = over_nets({net_words(next(rows.itertuples())): rows for _, rows in of.groupby("model", sort=False)}, {
-        "below": "images withstand smaller limits with every other way of shrinking than with held logits on {nets}",
-        "above": "images withstand larger limits with every other way of shrinking than with held logits on {nets}",
-        "mixed": "what images withstand depends on the way of shrinking on {nets}",
-        "neither": "images withstand with every other way of shrinking about what they do with held logits on {nets}"})
-    return told and f"At equal scale, {told}."
+    if of.empty: return ""
+    of = of.assign(side=[side(each) for each in intervals(of)])
+    alike = of.groupby("regularizer").filter(lambda rows: rows["side"].nunique() == 1 and len(rows) == of["model"].nunique())
+
+    told = by_sign(alike, {name: f"images withstand {words} {{who}} ({{size}})" for name, words in _limits.items()}, quantities["log2_break"][1], absolute=False)
+    left = of.loc[~of["regularizer"].isin(alike["regularizer"]), "regularizer"].unique()
+    rest = f"{named(left, left)} it depends on the net, or is not known everywhere" if len(left) else ""
+    return (f"Compared with logits held at the same length{', on every net' if of['model'].nunique() > 1 else ''}: "
+            f"{'; '.join(filter(None, [told, rest]))}.")
+
+_limits = {"below": "smaller limits", "above": "larger limits", "neither": "about the same limits"}
 
 def _largest(table):
     """(effect, low, high, unit, net) of the largest effect on the limits of what softens no labels; nothing where none is known."""
@@ -96,10 +101,11 @@ def _largest(table):
 def answer_others(studies):
     """The `Answer` to q-others: per net a sentence at their own scale and one at equal scale; None without digits-others."""
     own, table = own_scale(studies), equal_scale(studies)
-    told = [gist_of_scale(table)] if table is not None else []
+    gist, told = gist_of_scale(table) if table is not None else "", []
     if len(own): told += [own_sentence(of) for _, of in own.groupby("model", sort=False)]
     if table is not None: told += [scale_sentence(of) for _, of in table.groupby("model", sort=False)]
-    return Answer([text for text in told if text], *(() if table is None else _largest(table))) if told else None
+    largest = () if table is None else _largest(table)
+    return Answer([gist], *largest, details=told) if gist else Answer(told, *largest) if told else None
 
 ask(Question("q-others", "What of weight decay, dropout, and other ways of shrinking features?", "others", answer_others,
              f"the study {study}, and {ruler} for its ruler,"))
@@ -158,16 +164,16 @@ def answer_corruptions(studies):
     if not known: return None
     net = known[-1]
     gist = f"Under corruptions, {gist_of_corruptions(known)}."
-    return Answer([gist, *per_net(found, corruption_sentence, "corruptions")], *over_regularizers(paired(net.runs, under(None))), "points", net.where)
+    told = per_net(found, corruption_sentence, "corruptions")
+    return Answer([gist], *over_regularizers(paired(net.runs, under(None))), "points", net.where, told)
 
 ask(Question("q-corruptions", "What of natural corruptions, not only attacks?", "others", answer_corruptions,
              "records measured today, such as those of digits-confirm,"))
 
 def gist_of_corruptions(found):
     """What regularizers do to accuracy under corruptions, all nets in one clause; "" where it was not measured."""
-    return over_nets({net.where: paired(net.runs, under(None)) for net in found}, {
-        "below": "every regularizer lowers accuracy on {nets}", "above": "every regularizer raises accuracy on {nets}",
-        "mixed": "what accuracy does depends on the regularizer on {nets}", "neither": "no regularizer changes accuracy clearly on {nets}"})
+    told = over_places({net.where: effects for net in found if len(effects := paired(net.runs, under(None)))}, _moves, "points")
+    return told and f"accuracy is {told}"
 
 def corruption_rows(found, column="accuracy"):
     """The change of accuracy, or ece, under each kind of corruption on the nets `found`, as rows for a forest plot."""

@@ -125,6 +125,7 @@ class Studies(list):
     def __init__(self, studies=(), left_out=None, others=None):
         super().__init__(studies)
         self.left_out, self.others = left_out or {}, others or {}
+        self.answers = {}   # what questions have been answered with, by the function that does
 
     def recorded(self, name):
         """The records of the study `name`, judged or not; None where there are none."""
