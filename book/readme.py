@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- found:[^\n]*-->\n).*?(<!-- /found -->)", re.S)
 
 def made_by(runs):
     """Which code made `runs`, without saying whether it is today's: a README does not change with the code."""
-    return listed(sorted({findings.version(made) for of_runs in findings.made_at(runs) for made in of_runs}))
+    return findings.versions(made for of_runs in findings.made_at(runs) for made in of_runs)
 
 
 def block(studies):

@@ -274,8 +274,7 @@ def breakdown_sentences(net):
     table, among = net.kept(crossings), ["none", *net.texts]
     if table.empty or "none" not in set(table["line"]): return []
     texts = [text for text in among if text in set(table["line"])]
-    why = why_words(table, texts[1:])
-    return [f"{net.where}: {words}." for words in (why, crossing_words(table), turn_words(table, texts, among), help_words(table, texts[1:], among)) if words]
+    return [f"{net.where}: {words}." for words in (crossing_words(table), turn_words(table, texts, among), help_words(table, texts[1:], among)) if words]
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #d289848a
 def _pairs_words(pairs, known):
