@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY', 'CHOSEN_IN', 'SEEDS', 'SOFT', 'OUTCOMES', 'WORDS', 'RULE', 'FILE', 'digest', 'closing', 'verdict', 'judged',
-           'held_sentences', 'answered', 'came_first']
+           'held_sentences', 'in_brief', 'answered', 'came_first']
 
 # %% ../../nbs/instruments/findings/held.ipynb #080526fa
 import hashlib
@@ -17,6 +17,7 @@ from ..claims import Markdown, preregistration
 from ..claims.sentences import net_words, spelled
 from ..claims.statements import Pair
 from .cause import arm
+from .comparisons import in_places
 from ..study import rates
 from ..vocabulary import listed, regularizer_words
 
@@ -106,12 +107,22 @@ def held_sentences(recorded):
     return [f"{net}, {int(rows['seeds'].min())} seeds: hard targets with {regularizer_words(rows['held'].iloc[0])} are "
             f"{listed(_outcome(row) for row in rows.itertuples())}." for net, rows in found.groupby("net", sort=False)]
 
+def in_brief(found):
+    """What came out on all nets, of the rows of `judged`, as text: a clause per verdict, the worse first."""
+    clauses, data = [], listed(dict.fromkeys(net.partition(" on ")[2] for net in found["net"]))
+    for word, worse in dict.fromkeys((row.verdict, tuple(row.worse)) for row in found.sort_values("verdict", key=lambda of: of != "worse", kind="stable").itertuples()):
+        alike = found[(found["verdict"] == word) & (found["worse"].map(tuple) == worse)]
+        places = listed(f"{OUTCOMES[outcome][0]} {in_places(of['net'], found['net'])}" for outcome, of in alike.groupby("outcome", sort=False))
+        clauses.append(f"{WORDS[word].format(listed(regularizer_words(text.partition(':')[0]) for text in worse))} in {places}")
+    return f"on {data} {'; '.join(clauses)}"
+
 def answered(studies):
     """The question and what came out, as `Markdown`; says so where nothing was run."""
     recorded = studies.recorded(STUDY)
     said = held_sentences(recorded) if recorded is not None else []
     if not said: return Markdown("No record here answers it; {} would.", STUDY)
-    return claims.joined([*(Markdown("- {}", text) for text in said), Markdown("\n{}", came_first(recorded))])
+    brief = Markdown("Hard targets with a held scale are {}.\n", in_brief(judged(recorded)))
+    return claims.joined([brief, *(Markdown("- {}", text) for text in said), Markdown("\n{}", came_first(recorded))])
 
 # %% ../../nbs/instruments/findings/held.ipynb #3b6166af
 RULE = "b89fb7232f367364"   # `digest()` when the rule was written down
