@@ -11,7 +11,7 @@ from repspace import claims, figures, findings
 from repspace.claims import Markdown, joined
 from repspace.findings import front, use
 from repspace.records.files import write_text
-from repspace.vocabulary import VERDICTS, listed
+from repspace.vocabulary import VERDICTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README, FIGURE = ROOT / "README.md", ROOT / "results" / "scorecard.svg"
@@ -25,7 +25,7 @@ def made_by(runs):
 
 def block(studies):
     """The README's answer, advice and table, as Markdown: the sentences of the front page."""
-    lines = [Markdown("- **{}** ({}): {}; {} trainings, made by {}.", study.name, listed(dict.fromkeys(study.ledger["status"])),
+    lines = [Markdown("- **{}** ({}): {}; {} trainings, made by {}.", study.name, findings.status(study),
                       study.words, len(study.runs), made_by(study.runs)) for study in studies]
     meanings = joined((Markdown("{} *{}*, {}", row.mark, row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
     verdicts = Markdown("A claim is judged by one measure, on each net with each regularizer: {}. *Confirmatory* studies ran after the rules "

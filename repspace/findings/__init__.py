@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['opening', 'show', 'judged_on', 'effects', 'with_images', 'table', 'added', 'Judged', 'Studies', 'answered',
            'detailed', 'questions', 'attack_success', 'attacks', 'judged', 'limits', 'made_at', 'made_by', 'makers',
-           'overview', 'registered', 'rows', 'scope', 'steps', 'versions']
+           'overview', 'registered', 'rows', 'scope', 'status', 'steps', 'versions']
 
 # %% ../../nbs/instruments/findings/index.ipynb #3b35bffb
 from .. import claims, figures
@@ -13,10 +13,10 @@ from ..claims import Markdown, sampling
 from . import attacks, cause, confidence, direction, length, others, race, regions, use   # their questions are asked
 from .questions import answered, detailed, questions
 from .studies import (Judged, Studies, attack_success, judged, limits, made_at, made_by, makers,
-                                       one_below_the_other, overview, registered, rows, scope, steps, versions)
+                                       one_below_the_other, overview, registered, rows, scope, status, steps, versions)
 
 _all_ = ["Judged", "Studies", "answered", "detailed", "questions", "attack_success", "attacks", "judged", "limits", "made_at", "made_by", "makers", "overview",
-         "registered", "rows", "scope", "steps", "versions"]
+         "registered", "rows", "scope", "status", "steps", "versions"]
 
 # %% ../../nbs/instruments/findings/index.ipynb #bfb95118
 _nothing = "No record here has what it is judged by."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'versions', 'made_at', 'makers', 'made_by', 'one_below_the_other', 'Judged', 'Studies', 'judged', 'rows',
-           'overview', 'scope', 'registered', 'limits', 'steps', 'attack_success']
+           'overview', 'scope', 'status', 'registered', 'limits', 'steps', 'attack_success']
 
 # %% ../../nbs/instruments/findings/studies.ipynb #350cfd07
 import logging
@@ -188,12 +188,17 @@ def scope(studies):
     return Markdown("What was run: {}.", "; ".join(study.words for study in studies))
 
 # %% ../../nbs/instruments/findings/studies.ipynb #53dfb6d5
+def status(study):
+    """Whether the rows of a `Judged` study are confirmatory, in words; of one with a rule of its own, that it has one."""
+    own = study.name in preregistration.OWN_RULES
+    return "judged by a rule of its own" if own else listed(dict.fromkeys(study.ledger["status"]))
+
 def registered(studies):
     """When the rules were written down, and which studies are confirmatory, as `Markdown`."""
     history = preregistration.read()
     when = Markdown("The rules ({}) were written down in commit {} of {}.", preregistration.RULES, (history.commit or "")[:7], history.date)
     if not history.commit: when = "No published results here say when the rules were written down, so every row is exploratory."
-    lines = [[study.name, listed(dict.fromkeys(study.ledger["status"])), len(study.ledger[study.ledger["role"] == "primary"]),
+    lines = [[study.name, status(study), len(study.ledger[study.ledger["role"] == "primary"]),
               _seeds(study.runs["seed"]), listed(_dates(study.runs, history)), _shares(study.name)] for study in studies]
     head = ["study", "rows are", "verdicts", "seeds", "trained and measured by commits of", "shared with what came before"]
     return joined([when, markdown_table(head, lines)], "\n\n")
@@ -207,7 +212,7 @@ def _dates(runs, history):
 
 def _shares(study):
     row = preregistration.PREREGISTERED.get(study)
-    return row.shares if row else "not preregistered"
+    return row.shares if row else "" if study in preregistration.OWN_RULES else "not preregistered"
 
 # %% ../../nbs/instruments/findings/studies.ipynb #718945ee
 def limits(studies):
