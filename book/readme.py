@@ -30,7 +30,7 @@ def block(studies):
     meanings = joined((Markdown("{} *{}*, {}", row.mark, row.name, Markdown(row.meaning)) for row in VERDICTS.values()), "; ")
     verdicts = Markdown("A claim is judged by one measure, on each net with each regularizer: {}. *Confirmatory* studies ran after the rules "
                         "had been written down, on seeds that nobody had looked at; where a net was run in several, one speaks for it.", meanings)
-    table = claims.overview(findings.rows(studies), "nbs/findings")
+    table = claims.overview(findings.evidence(studies), "nbs/findings")
     return joined([front.answer(studies), "", use.shown(use.advice(studies), "nbs/", brief=True), "", verdicts, "", table, "", *lines, "",
                    front.not_tested(studies), ""]).text
 
@@ -43,7 +43,7 @@ def expected():
     text = README.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         sys.exit("README.md has no block <!-- found: … --> … <!-- /found -->")
-    figure = figures.scorecard(findings.rows(studies))
+    figure = figures.scorecard(findings.rows(findings.judging(studies)))
     return BLOCK.sub(lambda m: m[1] + block(studies) + m[2], text), figure.file_text()
 
 

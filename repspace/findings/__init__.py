@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['opening', 'show', 'judged_on', 'effects', 'with_images', 'table', 'added', 'Judged', 'Studies', 'answered',
-           'detailed', 'questions', 'attack_success', 'attacks', 'judged', 'limits', 'made_at', 'made_by', 'makers',
-           'overview', 'registered', 'rows', 'scope', 'status', 'steps', 'versions']
+           'detailed', 'questions', 'attack_success', 'attacks', 'evidence', 'judged', 'judging', 'limits', 'made_at',
+           'made_by', 'makers', 'overview', 'registered', 'rows', 'scope', 'status', 'steps', 'versions']
 
 # %% ../../nbs/instruments/findings/index.ipynb #3b35bffb
 from .. import claims, figures
 from ..claims import Markdown, sampling
 from . import attacks, cause, confidence, direction, length, others, race, regions, use   # their questions are asked
 from .questions import answered, detailed, questions
-from .studies import (Judged, Studies, attack_success, judged, limits, made_at, made_by, makers,
+from .studies import (Judged, Studies, attack_success, evidence, judged, judging, limits, made_at, made_by, makers,
                                        one_below_the_other, overview, registered, rows, scope, status, steps, versions)
 
-_all_ = ["Judged", "Studies", "answered", "detailed", "questions", "attack_success", "attacks", "judged", "limits", "made_at", "made_by", "makers", "overview",
+_all_ = ["Judged", "Studies", "answered", "detailed", "questions", "attack_success", "attacks", "evidence", "judged", "judging", "limits", "made_at", "made_by", "makers", "overview",
          "registered", "rows", "scope", "status", "steps", "versions"]
 
 # %% ../../nbs/instruments/findings/index.ipynb #bfb95118
@@ -23,7 +23,7 @@ _nothing = "No record here has what it is judged by."
 
 def opening(studies, claim_id):
     """The claim's sentence, how it came out, and by which measure (`claims.opening`), as `Markdown`."""
-    ledger = rows(studies, claim_id)
+    ledger = rows(judging(studies), claim_id)
     if len(ledger): return claims.opening(claim_id, ledger)
     return Markdown("> **Claim** (`{}`). {}\n\n{}", claim_id, claims.get(claim_id).sentence, _nothing)
 
@@ -40,7 +40,7 @@ def judged_on(studies, claim_id):
 
 def effects(studies, claim_id):
     """The forest plot of a claim on all nets, by the study that speaks for each; the sentence that nothing is known."""
-    ledger = claims.evidence(rows(studies, claim_id))
+    ledger = evidence(studies, claim_id)
     return figures.effects(ledger, claim_id) if len(ledger) else Markdown(_nothing)
 
 # %% ../../nbs/instruments/findings/index.ipynb #8aa97382
@@ -50,12 +50,15 @@ def with_images(studies, claim_id=None):
     return one_below_the_other([sampling.with_image_intervals(study.rows(claim_id), study.draws)
                     for study in studies for claim_id in ids])
 
-def table(studies, claim_id):
-    """Display the rows of a claim, of all studies, and what `sampling.compared` says of them."""
+def table(studies, claim_id, arms=False):
+    """Display the rows of a claim, and what `sampling.compared` says of them; `arms`: those of studies that judge no regularizer as well."""
     from IPython.display import display
-    ledger = with_images(studies, claim_id)
-    if ledger.empty: return display(Markdown(_nothing))
-    display(claims.table(ledger, claim_id), Markdown("{}", sampling.compared(ledger)))
+    known = judging(studies)
+    ledger, names = with_images(known, claim_id), [study.name for study in known]
+    others = [study.rows(claim_id) for study in studies if study.name not in names] if arms else []
+    whole = one_below_the_other([ledger, *others])
+    if whole.empty: return display(Markdown(_nothing))
+    display(claims.table(whole, claim_id), Markdown("{}", sampling.compared(ledger)))
 
 # %% ../../nbs/instruments/findings/index.ipynb #50b655cb
 _ours = tuple(claim.id for claim in claims.CLAIMS)

@@ -17,7 +17,7 @@ from .. import claims, records
 from ..claims import Markdown, Said, TextTable, families, joined
 from ..claims.sentences import net_words, size, spelled, where, who
 from ..figures.doses import strength
-from .studies import Judged, rows
+from .studies import Judged, evidence, judging, rows
 from ..stats import Interval, mean_interval
 from ..vocabulary import listed, ordered, regularizer_words
 
@@ -54,8 +54,7 @@ def nets(studies, claim_id="magnitude"):
     """The `Net`s that have a verdict on the claim, in the order of the studies; none without studies."""
     if not studies: return []
     by_name, found = {study.name: study for study in studies}, []
-    evidence = claims.evidence(rows(studies, claim_id))
-    for (name, data, model), of in evidence.groupby(["study", "data", "model"], sort=False):
+    for (name, data, model), of in evidence(studies, claim_id).groupby(["study", "data", "model"], sort=False):
         runs = by_name[name].runs
         chosen = runs["data"].eq(data) & runs["model"].eq(model) & runs["feature_dim"].isna() & runs["regularizer"].map(families.family).eq(families.soft)
         found.append(Net(where(next(of.itertuples())), by_name[name], runs[chosen]))
@@ -65,7 +64,7 @@ def nets(studies, claim_id="magnitude"):
 def spoken(studies, claim_id):
     """The rows of a claim, of all measures, about regularizers against plain runs, by the study that speaks for each net."""
     if not studies: return pd.DataFrame(columns=claims.ledger_columns)
-    ledger = rows(studies, claim_id)
+    ledger = rows(judging(studies), claim_id)
     return claims.speaking(ledger[(ledger["family"] == families.soft) & (ledger["partner"] == "none")])
 
 def by_net(ledger):

@@ -16,7 +16,7 @@ from .. import calibration, claims, figures
 from ..claims.sentences import size, spelled
 from .comparisons import Net, by_sign, change, intervals, named, nets, over_nets, over_regularizers, paired, pattern, per_net, side, sign, unjudged
 from .questions import Answer, Question, ask
-from .studies import rows
+from .studies import judging, rows
 from ..stats import mean_interval
 from ..vocabulary import capital, number
 
@@ -233,7 +233,7 @@ def answer_scaling(studies):
     """The `Answer` to q-scaling: two sentences per net; its number is NLL of the regularized nets less that of the scaled plain one."""
     found = nets(studies, "scaling")
     if not found: return None
-    ledger = rows(studies, "robustness")
+    ledger = rows(judging(studies), "robustness")
     told = [*filter(None, map(scaling_sentence, found)),
             *per_net(found, lambda net: by_hand_sentence(net, _of_net(ledger, net)), "what robustness is judged by")]
     interval, where = gap_now(found, lambda own, plain: own["nll"] - plain["nll_feature_scale"])

@@ -16,7 +16,7 @@ from .. import claims, figures
 from ..claims import Markdown, joined, markdown_table
 from ..claims.sentences import net_words
 from .questions import QUESTIONS, answer_to
-from .studies import rows
+from .studies import evidence
 from ..vocabulary import DATA, MODELS, capital, data_words, listed, number, ordered, regularizer_style, regularizer_words, visible
 
 # %% ../../nbs/instruments/findings/front.ipynb #da5704c0
@@ -59,7 +59,7 @@ def extent(ledger):
 # %% ../../nbs/instruments/findings/front.ipynb #c7931da4
 def answer(studies):
     """What was found, as `Markdown`: what the regularizers do and where, and why."""
-    def at(claim_id): return extent(claims.evidence(rows(studies, claim_id)))
+    def at(claim_id): return extent(evidence(studies, claim_id))
     what = Markdown("Label smoothing, Mixup and CutMix make representation vectors shorter {}. They make images harder to break {}, and lower the "
                     "calibration error {}.", *map(at, ("magnitude", "robustness", "calibration")))
     return joined([what, *_why(studies)], " ")
@@ -100,7 +100,7 @@ class Cards:
 # %% ../../nbs/instruments/findings/front.ipynb #de369261
 def _card(studies, folder, title, claim_id, *more, before=""):
     """A card on a claim: its gist with what comes `before`, and `more` sentences; None without evidence on it."""
-    ledger = claims.evidence(rows(studies, claim_id))
+    ledger = evidence(studies, claim_id)
     if ledger.empty: return None
     link = f"{folder}findings/{claims.get(claim_id).chapter}.html#{claim_id}"
     lines = [f"{capital(before + claims.gist(claim_id, ledger))}.", *more]
@@ -112,7 +112,7 @@ def cards(studies, folder=""):
     four = [_card(studies, folder, "Shorter?", "magnitude"), _card(studies, folder, "Calibrated?", "calibration", *first("q-scaling")),
             _card(studies, folder, "Robust?", "robustness", *first("q-strength")), _card(studies, folder, "Why?", "why-robust", *first("q-cause"),
                                                                                before="The paper's reason, that attacks run into the origin: ")]
-    key = ordered(claims.evidence(rows(studies, "magnitude"))["regularizer"])
+    key = ordered(evidence(studies, "magnitude")["regularizer"])
     return Cards([card for card in four if card], tuple(key))
 
 # %% ../../nbs/instruments/findings/front.ipynb #3ef7ba53
@@ -129,7 +129,7 @@ def _trained(runs):
 
 def tested(studies):
     """What was tested, a line per net of each study that speaks for one, as `Markdown`."""
-    spoken = claims.evidence(rows(studies))[["study", "model", "data"]].drop_duplicates()
+    spoken = evidence(studies)[["study", "model", "data"]].drop_duplicates()
     soft = {study.name: study.runs[[claims.families.family(text) == "soft" for text in study.runs["regularizer"]]] for study in studies}
     lines = [soft[row.study][(soft[row.study]["model"] == row.model) & (soft[row.study]["data"] == row.data)] for row in spoken.itertuples()]
     return joined(map(_trained, lines))

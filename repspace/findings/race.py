@@ -219,7 +219,7 @@ def table(studies):
 
 def in_short(studies):
     """Whether the paper's reason is one, in a sentence or two, as `Markdown`."""
-    ledger = claims.evidence(of_studies.rows(studies, "why-robust")) if len(studies) else pd.DataFrame(columns=["verdict"])
+    ledger = of_studies.evidence(studies, "why-robust") if len(studies) else pd.DataFrame(columns=["verdict"])
     n, yes = len(ledger), int((ledger["verdict"] == "supported").sum())
     if not n: return Markdown("No record here says whether the direction of attacks is why regularized nets are robust.")
     counted = {0: "nowhere"}.get(yes, f"in {yes} of {n} cases" if yes < n else "everywhere")

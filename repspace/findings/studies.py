@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'versions', 'made_at', 'makers', 'made_by', 'one_below_the_other', 'Judged', 'Studies', 'judged', 'rows',
-           'overview', 'scope', 'status', 'registered', 'limits', 'steps', 'attack_success']
+           'judging', 'evidence', 'overview', 'scope', 'status', 'registered', 'limits', 'steps', 'attack_success']
 
 # %% ../../nbs/instruments/findings/studies.ipynb #350cfd07
 import logging
@@ -156,6 +156,14 @@ def rows(studies, claim_id=None):
                          "`make study STUDY=digits` makes some")
     return one_below_the_other([study.rows(claim_id) if claim_id else study.ledger for study in studies])
 
+def judging(studies):
+    """Those of `studies` that judge regularizers against plain training: the others have rows in plenty, and no verdict on a claim."""
+    return [study for study in studies if not preregistration.not_judged(study.name, families.soft)] or list(studies)
+
+def evidence(studies, claim_id=None):
+    """The rows that speak on a claim, or on all, with the verdicts of the claims themselves: `claims.evidence` of the `rows`."""
+    return claims.evidence(rows(judging(studies), claim_id))
+
 # %% ../../nbs/instruments/findings/studies.ipynb #6709f227
 def _where(runs):
     def one(made):
@@ -190,18 +198,22 @@ def scope(studies):
 # %% ../../nbs/instruments/findings/studies.ipynb #53dfb6d5
 def status(study):
     """Whether the rows of a `Judged` study are confirmatory, in words; of one with a rule of its own, that it has one."""
-    own = study.name in preregistration.OWN_RULES
-    return "judged by a rule of its own" if own else listed(dict.fromkeys(study.ledger["status"]))
+    if study.name in preregistration.OWN_RULES: return "judged by a rule of its own"
+    history = preregistration.read(study.recorded.folders.results if study.recorded.folders else [])
+    return listed(sorted({preregistration.status(study.name, [run], history) for run in zip(study.runs["seed"], study.runs["made"])}))
 
 def registered(studies):
     """When the rules were written down, and which studies are confirmatory, as `Markdown`."""
     history = preregistration.read()
     when = Markdown("The rules ({}) were written down in commit {} of {}.", preregistration.RULES, (history.commit or "")[:7], history.date)
     if not history.commit: when = "No published results here say when the rules were written down, so every row is exploratory."
-    lines = [[study.name, status(study), len(study.ledger[study.ledger["role"] == "primary"]),
-              _seeds(study.runs["seed"]), listed(_dates(study.runs, history)), _shares(study.name)] for study in studies]
-    head = ["study", "rows are", "verdicts", "seeds", "trained and measured by commits of", "shared with what came before"]
+    lines = [[study.name, status(study), _judges(study.name), _seeds(study.runs["seed"]), listed(_dates(study.runs, history)), _shares(study.name)] for study in studies]
+    head = ["study", "rows are", "it judges", "seeds", "trained and measured by commits of", "shared with what came before"]
     return joined([when, markdown_table(head, lines)], "\n\n")
+
+def _judges(study):
+    row = preregistration.PREREGISTERED.get(study)
+    return row.judges if row else "arms" if study in preregistration.OWN_RULES else "regularizers"
 
 def _seeds(seeds): return f"{seeds.min()}-{seeds.max()}"
 

@@ -15,7 +15,7 @@ from . import held
 from .front import sides
 from .comparisons import nets, over_regularizers, paired, pattern
 from .questions import Answer, Question, ask
-from .studies import rows
+from .studies import evidence
 from ..vocabulary import capital
 
 # %% ../../nbs/instruments/findings/use.ipynb #5ba84a51
@@ -69,7 +69,7 @@ def on_held(found):
 
 def advice(studies):
     """Up to four pieces of `Advice`: on probabilities, accuracy, attacks, and on holding the scale instead."""
-    def of(claim_id, words): return on_claim(claims.evidence(rows(studies, claim_id)), claim_id, words)
+    def of(claim_id, words): return on_claim(evidence(studies, claim_id), claim_id, words)
     if not studies: return []
     recorded = studies.recorded(held.STUDY) if hasattr(studies, "recorded") else None
     four = (on_probabilities(nets(studies, "calibration")), of("accuracy", _accuracy), of("robustness", _robust),

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .. import claims, figures
 from ..claims import families
-from .studies import rows
+from .studies import evidence
 from ..vocabulary import MODELS, data_row
 
 # %% ../../nbs/instruments/findings/when.ipynb #b407b650
@@ -39,7 +39,7 @@ def effects(studies, names=("digits-classes",)):
     """Effects of the `OUTCOMES` beside what the plain net shows: a row per net, regularizer and claim.
 
     Of the nets that judged studies speak for, and those of the studies `names` where there are records."""
-    parts = [(claims.evidence(rows(studies)), pd.concat([study.runs for study in studies]))]
+    parts = [(evidence(studies), pd.concat([study.runs for study in studies]))]
     for recorded in filter(None, map(studies.recorded, names)):
         ledger = claims.ledger(recorded, claim_ids=list(OUTCOMES))
         primary = ledger["measure"].isin([claims.get(claim_id).primary.name for claim_id in OUTCOMES])
