@@ -9,7 +9,7 @@ __all__ = ['units', 'number', 'listed', 'capital', 'visible', 'shown']
 import math, re
 
 # %% ../nbs/instruments/text.ipynb #9c9043c3
-units = {"": (1, 3, ""), "%": (100, 1, " %"), "whole %": (100, 0, " %"), "points": (100, 2, " points")}
+units = {"": (1, 3, ""), "%": (100, 1, " %"), "points": (100, 2, " points")}
 
 def number(value, unit="", signed=False):
     """`value` as text in one of the `units`: number(-0.25, "%") → "−25.0 %"."""

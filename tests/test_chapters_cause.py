@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from repspace import findings, records
-from repspace.findings import attacks, cause, race
+from repspace.findings import attacks, breakdown, cause, parts, race
 from repspace.findings.comparisons import nets
 
 SMOOTHED = "label-smoothing:0.1"
@@ -81,8 +81,8 @@ def test_arms_of_one_study_pair_with_label_smoothing_of_another(confirmed):
 @pytest.mark.parametrize("seeds", [[100], [100, 101]])
 def test_few_seeds_say_little_and_break_nothing(confirmed, seeds):
     few = findings.Studies([study(confirmed, ARMS, seeds)])
-    for say in (cause.cause, cause.in_short, cause.arms_table, cause.records_table, cause.scale_figure, attacks.strength, attacks.breakdown, attacks.table,
-                attacks.in_short, attacks.breakdown_figure, race.head, race.race, race.explains, race.table, race.in_short, race.head_figure): say(few)
+    for say in (cause.cause, cause.in_short, cause.arms_table, parts.records_table, cause.scale_figure, attacks.strength, breakdown.breakdown, attacks.table,
+                attacks.in_short, breakdown.breakdown_figure, race.head, race.race, race.explains, race.table, race.in_short, race.head_figure): say(few)
     assert race.explains(few).text.startswith("No record here")
 
 
@@ -108,7 +108,7 @@ def test_what_is_needed_and_what_is_moved_is_a_race(confirmed):
 def test_vectors_of_published_nets_cross_the_origin_late_if_at_all(confirmed):
     few = confirmed._replace(runs=confirmed.runs[confirmed.runs["seed"] < 103])
     for net in nets(findings.Studies([findings.Judged("digits-confirm", few)])):
-        table = attacks.crossings(net)
+        table = breakdown.crossings(net)
         assert sorted(set(table["x"])) == attacks.grid_of(net)
         at_reference = table[table["x"] == net.reference].groupby("line")["success"].mean()
         scalars = net.runs.groupby("regularizer")["success_pgd"].mean()

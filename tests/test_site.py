@@ -1,5 +1,6 @@
 """The site, built from two conditions and two seeds, read page by page and opened in a browser."""
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -26,10 +27,30 @@ from repspace.study import locks  # noqa: E402
 from repspace_book import strip_directives  # noqa: E402
 
 
+def only_for_tests():
+    """Modules of packages that are pinned for the tests and not for the book: a reader's machine lacks them."""
+    book, test = ({re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", (ROOT / f"locks/{lock}.txt").read_text(), re.MULTILINE)}
+                  for lock in ("book", "test"))
+    of_module = importlib.metadata.packages_distributions().items()
+    return sorted(module for module, names in of_module if {re.sub(r"[-_.]+", "-", name).lower() for name in names} <= test - book)
+
+
+HIDE = """import sys
+from importlib.machinery import PathFinder
+class WithoutThem(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in THEM else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutThem
+"""
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """`make book` in a folder of its own, with a corner of the digits study."""
-    place = tmp_path_factory.mktemp("site")
+    """`make book` in a folder of its own, with a corner of the digits study, and without what only tests need."""
+    place, hiding = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("hiding")
+    (hiding / "sitecustomize.py").write_text(f"THEM = {only_for_tests()}\n{HIDE}")
+    env = os.environ | {"PYTHONPATH": str(hiding)}
     study = yaml.safe_load((ROOT / "nbs/experiments/digits.yaml").read_text())
     study["seeds"] = study["round"] = 2
     study["grid"] = [study["grid"][0] | {"models": ["tiny-cnn"], "regularizers": REGULARIZERS}]
@@ -40,9 +61,9 @@ def site(tmp_path_factory):
     # Executed chapters are kept under what they depend on, so the book and this test share those of the instruments.
     command = [sys.executable, ROOT / "book/build.py", "--runs", place / "runs", "--out", place,
                "--executed", ROOT / "_build/executed"]
-    built = subprocess.run(command, capture_output=True, text=True)
+    built = subprocess.run(command, capture_output=True, text=True, env=env)
     assert built.returncode == 0, built.stdout + built.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, env=env)
     return place / "_build/html", built.stdout, again.stdout
 
 
@@ -58,6 +79,14 @@ def chapters(pages):
 
 
 # ---- what the build says and does ----
+
+def test_the_site_was_built_without_what_only_tests_need(tmp_path):
+    assert {"grpc", "ray", "pytest", "torchattacks"} <= set(only_for_tests()) and not {"torch", "papermill", "repspace"} & set(only_for_tests())
+    (tmp_path / "sitecustomize.py").write_text(f"THEM = {only_for_tests()}\n{HIDE}")
+    code = "from importlib.util import find_spec; print(find_spec('grpc'), find_spec('torch') is not None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.stdout.split() == ["None", "True"], done.stderr
+
 
 def test_build_says_where_the_site_is_and_how_long_it_took(site):
     html, said, _ = site

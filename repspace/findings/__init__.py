@@ -10,7 +10,7 @@ __all__ = ['opening', 'show', 'judged_on', 'effects', 'with_images', 'table', 'a
 # %% ../../nbs/instruments/findings/index.ipynb #3b35bffb
 from .. import claims, figures
 from ..claims import Markdown, sampling
-from . import attacks, cause, confidence, direction, length, others, race, regions, use   # their questions are asked
+from . import attacks, breakdown, cause, confidence, direction, length, others, race, regions, use   # their questions are asked
 from .questions import answered, detailed, questions
 from .studies import (Judged, Studies, attack_success, evidence, judged, judging, limits, made_at, made_by, makers,
                                        one_below_the_other, overview, registered, rows, scope, status, steps, versions)

@@ -176,10 +176,10 @@ class Records(_Tables):
     def arrays(self, condition, seed):
         """The arrays of one run, as `records.arrays` gives them, from where it was loaded.
 
-        `ValueError` if these records hold no such run, or were not loaded from folders.
+        `ValueError` if these records hold no such run; `NotKept` if they were not loaded from folders.
         """
         if self.folders is None:
-            raise ValueError("these records know no folder to read arrays from: take those that "
+            raise NotKept("these records know no folder to read arrays from: take those that "
                              "`records.load` returns, or change them by `_replace`")
         same = (self.runs["condition"] == condition) & (self.runs["seed"] == seed)
         rows = self.runs.loc[same, ["study", "source", "identity"]]
