@@ -48,7 +48,7 @@ def test_arms_answer_what_is_asked_of_length(caused):
     assert "with the mean scale of logits held at 4.28, soft targets instead of hard ones: accuracy is" in text
     assert "on records" not in text and answer.unit == "%" and answer.net == "tiny CNN on 8×8 digits"
     assert answer.number == pytest.approx(1)   # the held arm is label smoothing's runs
-    assert "of its effect on accuracy on tiny CNN" in answer.sentences[0] and answer.sentences[0] in cause.in_short(caused).text.replace("&#91;", "[").replace("&#93;", "]")
+    assert "of the rise of accuracy on tiny CNN" in answer.sentences[0] and answer.sentences[0] in cause.in_short(caused).text.replace("&#91;", "[").replace("&#93;", "]")
 
 
 def test_a_curve_over_scales_has_its_levels_and_says_where_arms_do_better(caused):

@@ -97,7 +97,9 @@ def clause(claim, rows, among):
     verdict, said, given = rows["verdict"].iloc[0], told(claim), who(rows["regularizer"], among)
     if verdict == "not applicable": return f"{given}, the question does not arise ({listed(dict.fromkeys(rows['why']))})"
     paired = claim.primary.kind in paired_kinds
-    if verdict == "open": return f"{given}, it stays open ({said.what} {size(said, rows, signed=paired)})"
+    if verdict == "open":
+        sure = paired and (rows["low"].astype(float) * rows["high"].astype(float) > 0).all()
+        return f"{given}, it stays open{' whether it is enough to matter' if sure else ''} ({said.what} {size(said, rows, signed=paired)})"
     decided = verdict in ("supported", "contradicted") and claim.primary.region.claimed != "inside"
     words = getattr(said, _clauses[verdict]).format(size(said, rows, signed=paired and not decided, absolute=paired and decided))
     return f"{given}, {words}{_beside(rows)}"

@@ -13,10 +13,11 @@ import pandas as pd
 
 from .. import figures, stats
 from ..claims import Markdown, markdown_table
-from ..claims.sentences import spelled, spread, who
+from ..claims.sentences import gist, spelled, spread, who
 from .breakdown import crossed_brief, crossings
 from .comparisons import in_pairs, in_places, nets, numbers, over_seeds, sign
 from .questions import Answer, Question, ask
+from .studies import evidence
 from ..vocabulary import attack_words, capital, listed, number, regularizer_words
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #3894b5ec
@@ -178,7 +179,7 @@ def _ways(net):
         if signs is not None: ways[text] = "both" if {-1, 1} <= signs else "less" if -1 in signs else "more" if 1 in signs else "neither"
     return ways
 
-_told = {"less": "images break less often at some of the limits and more often at none", "more": "they break more often at some and less often at none",
+_told = {"less": "at single limits, images break less often at some of the limits and more often at none", "more": "they break more often at some and less often at none",
          "both": "they break less often at some limits and more often at others", "neither": "nothing is decided at any limit"}
 
 def range_brief(known):
@@ -218,7 +219,7 @@ def strength(studies):
     known = nets(studies)
     details = [sentence for say in (union_sentence, range_sentence, loss_sentence, masking_sentence) for sentence in map(say, known) if sentence]
     if not any(map(range_sentence, known)): return None
-    said = [f"{capital(text)}." for text in [range_brief(known), *strong_brief(known), loss_brief(known)] if text]
+    said = [f"{capital(text)}." for text in [*strong_brief(known), range_brief(known), loss_brief(known)] if text]
     found = [(changes, net) for net in known if len(changes := later(net.kept(breaking), net.texts[0])["either"].dropna())]
     number_of = [*stats.mean_interval(found[0][0]), "", found[0][1].words] if found else []
     return Answer(said, *number_of, details=list(map(capital, details)))
@@ -248,15 +249,10 @@ def table(studies):
     return markdown_table(head, lines)
 
 # %% ../../nbs/instruments/findings/attacks.ipynb #260be538
-def _changes(net, text):
-    breaks = net.kept(breaking)
-    return later(breaks, text)[best_loss(breaks)].dropna()
-
 def in_short(studies):
     """Where images withstand larger limits and where smaller, and whether vectors cross the origin, as `Markdown`."""
-    known = [(net, text) for net in nets(studies) for text in net.texts if len(_changes(net, text))]
-    said = [f"Images withstand {word} limits {_pairs_words(pairs, known)}" for word, wanted in (("larger", 1), ("smaller", -1))
-            if (pairs := [pair for pair in known if sign(over_seeds(_changes(*pair))) == wanted])]
+    ledger = evidence(studies, "robustness") if studies else []
+    said = [capital(gist("robustness", ledger))] if len(ledger) else []
     tables = [table for net in nets(studies) if len(table := net.kept(crossings))]
     if tables: said.append(crossed_brief(tables))
     return Markdown("{}", ". ".join(said) + ".") if said else Markdown("No record here tells.")

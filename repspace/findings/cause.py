@@ -246,7 +246,7 @@ def rate_sentence(studies):
     texts = {text for study in studies if "rms" in study.runs for text in study.runs["regularizer"] if (named := arm(text)) and named.hold}
     own = [text for text in texts if "learning-rate" in text]
     trained = "" if not texts else f" Of the arms judged here, {len(own)} of {len(texts)} have a rate of their own, the others that of the recipe."
-    return Markdown("{}.{}", capital(words), trained)
+    return Markdown("{}. {}", capital(words), trained.strip())
 
 # %% ../../nbs/instruments/findings/cause.ipynb #5250cd7b
 SHORT = {"calibration": "the calibration error", "accuracy": "accuracy", "robustness": "the limits that images withstand"}
@@ -254,6 +254,13 @@ SHORT = {"calibration": "the calibration error", "accuracy": "accuracy", "robust
 def _kind(of):
     """Whether the share of a `Reproduced` is "known", is "more" than all, or is "unknown"."""
     return "known" if of.share[2] - of.share[1] <= KNOWN else "more" if of.share[1] > 1 else "unknown"
+
+def _change(effects, nets_of, among, what):
+    """The `effects` of label smoothing on `what` on some nets, as text: what rises and what falls, and where."""
+    rises = [net for net, effect in zip(nets_of, effects) if effect > 0]
+    falls = [net for net in nets_of if net not in rises]
+    if rises and falls: return f"its effect on {what} (a rise {in_places(rises, among)}, a fall {in_places(falls, among)})"
+    return f"the {'rise' if rises else 'fall'} of {what} {in_places(nets_of, among)}"
 
 def in_brief(tables):
     """What share of label smoothing's effects hard targets with a held mean scale reproduce, and of which that is not known: two texts at most."""
@@ -264,7 +271,7 @@ def in_brief(tables):
     def told(claim_id):
         known, more = (of_kind(kind, claim_id) for kind in ("known", "more"))
         all_of = f"more than all of {'it' if known else f'its effect on {SHORT[claim_id]}'} {in_places(more, among)}" if more else ""
-        if known: yield f"{whole([found[claim_id, net].share for net in known])} of its effect on {SHORT[claim_id]} {in_places(known, among)}{f' ({all_of})' if all_of else ''}"
+        if known: yield f"{whole([found[claim_id, net].share for net in known])} of {_change([found[claim_id, net].whole.mean() for net in known], known, among, SHORT[claim_id])}{f' ({all_of})' if all_of else ''}"
         elif all_of: yield all_of
     said = [text for claim_id in SHORT for text in told(claim_id)]
     if not said: return []

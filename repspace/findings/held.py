@@ -110,11 +110,12 @@ def held_sentences(recorded):
 def in_brief(found):
     """What came out on all nets, of the rows of `judged`, as text: a clause per verdict, the worse first."""
     clauses, data = [], listed(dict.fromkeys(net.partition(" on ")[2] for net in found["net"]))
+    everywhere = f"on all {found['net'].nunique()} nets" if found["net"].nunique() > 2 else "on both nets"
     for word, worse in dict.fromkeys((row.verdict, tuple(row.worse)) for row in found.sort_values("verdict", key=lambda of: of != "worse", kind="stable").itertuples()):
         alike = found[(found["verdict"] == word) & (found["worse"].map(tuple) == worse)]
         places = listed(f"{OUTCOMES[outcome][0]} {in_places(of['net'], found['net'])}" for outcome, of in alike.groupby("outcome", sort=False))
         clauses.append(f"{WORDS[word].format(listed(regularizer_words(text.partition(':')[0]) for text in worse))} in {places}")
-    return f"on {data} {'; '.join(clauses)}"
+    return f"on {data}, the only data that this was asked on, {'; '.join(clauses)}".replace("on every net", everywhere)
 
 def answered(studies):
     """The question and what came out, as `Markdown`; says so where nothing was run."""

@@ -82,7 +82,8 @@ def side_by_side(recorded, text="label-smoothing:0.1", seed=0):
         arrays = recorded.arrays(run["condition"], seed)
         nets[name] = dict(weight=arrays["head.weight"], bias=arrays["head.bias"], features=arrays["features"], labels=arrays["labels"][:len(arrays["features"])])
     table = plane_table(recorded)
-    return figures.plane_regions(nets, f"{closes(table, text)} {_here(table, nets, seed)} {_legend}", columns=2)
+    where = f"{net_words(recorded.runs.iloc[0])}, with two features, so that all of its space can be drawn:"
+    return figures.plane_regions(nets, f"{capital(where)} {closes(table, text)} {_here(table, nets, seed)} {_legend}", columns=2)
 
 def _here(table, known, seed):
     """Which regions of the panels are closed."""

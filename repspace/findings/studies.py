@@ -234,7 +234,8 @@ def limits(studies):
 
 def _of_pgd(settings):
     images = settings.get("attack_images")
-    of = f"the first {images:,} test images" if images else "all test images"
+    first = settings.get("attack_first") or 0
+    of = f"test images {first:,} to {first + images - 1:,}" if first and images else f"the first {images:,} test images" if images else "all test images"
     return f"PGD in {settings['steps']} steps of {settings['step_fraction']:g} of the limit, on {of}"
 
 def steps(studies):
