@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FIGURES', 'paired_lines', 'over_eps', 'training', 'reliability', 'reliability_by_condition', 'distributions',
            'perturbed', 'Registered', 'register', 'Figure', 'by_model', 'full', 'half', 'ink', 'label_of', 'legend',
-           'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size', 'subplots', 'theme',
-           'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects', 'forest', 'over',
-           'parts_of_change', 'relations', 'scorecard', 'strip', 'fits', 'look', 'look_of', 'splits', 'sweeps']
+           'model_label', 'panels', 'regularizer_label', 'regularizer_legend', 'row_height', 'short', 'size',
+           'subplots', 'theme', 'verdict_key', 'wrapped', 'class_colors', 'plane_regions', 'planes', 'doses', 'effects',
+           'forest', 'over', 'parts_of_change', 'relations', 'scorecard', 'strip', 'fits', 'look', 'look_of', 'splits',
+           'sweeps']
 
 # %% ../../nbs/instruments/figures/index.ipynb #0d146da8
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import seaborn as sns
 
 from .. import calibration, claims, records
-from .canvas import (Figure, by_model, full, half, ink, label_of, legend, panels,
+from .canvas import (Figure, by_model, full, half, ink, label_of, legend, model_label, panels,
                                      regularizer_label, regularizer_legend, row_height, short, size, subplots, theme,
                                      verdict_key, wrapped)
 from .curves import curve, look, look_of, over, sweeps
@@ -30,7 +31,7 @@ from .splits import splits
 from .verdicts import effects, forest, scorecard, strip
 from ..vocabulary import (attack_words, capital, number, ordered, regularizer_style)
 
-_all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "panels",
+_all_ = ["Figure", "by_model", "full", "half", "ink", "label_of", "legend", "model_label", "panels",
          "regularizer_label", "regularizer_legend",
          "row_height", "short", "size", "subplots", "theme", "verdict_key", "wrapped", "class_colors",
          "plane_regions", "planes", "doses", "effects", "forest", "over", "parts_of_change", "relations", "scorecard", "strip",
@@ -87,7 +88,7 @@ def over_eps(runs, attack="pgd", value="success", reference=None, caption=None):
             at = np.interp(reference, eps, mean) if reference else mean[-1]
             shown.append((model, text, f"{100 * at:.0f} %"))
         if reference: ax.axvline(reference, color=ink, lw=0.8, ls="--")
-        ax.set(title=label_of(model), xlabel="ε / 255", ylim=(-0.02, 1.02))
+        ax.set(title=model_label(model), xlabel="ε / 255", ylim=(-0.02, 1.02))
         if eps[-1] > 20 * eps[0]:
             ax.set_xscale("log")
             ax.set_xticks(eps, [f"{e:g}" for e in eps])
@@ -118,7 +119,7 @@ def training(runs, column, label=None, target=None, caption=None):
                 level = group[target].astype(float).mean()
                 ax.axhline(level, color=look["color"], ls="--", lw=0.9)
                 shown[-1] = (model, text, f"{mean[-1]:.3g} (dashed: {level:.3g})")
-        ax.set(title=label_of(model), xlabel="epoch")
+        ax.set(title=model_label(model), xlabel="epoch")
     axes[models[0]].set_ylabel(label)
     regularizer_legend(fig, runs["regularizer"])
     finding = f"{capital(label)} in the last epoch, mean over seeds. {by_model(shown)}"
@@ -156,7 +157,7 @@ def reliability(tables, caption=None):
             else:
                 gap = _reliability_panel(ax, title, tables[model, title])
                 shown.append((model, title, number(gap, signed=True)))
-        axes[i, 0].set_ylabel(f"{label_of(model)}\naccuracy".strip())
+        axes[i, 0].set_ylabel(f"{model_label(model)}\naccuracy".strip())
     for ax, title in zip(axes[0], titles): ax.set_title(regularizer_label(title))
     for ax in axes[-1]: ax.set_xlabel("confidence")
     finding = f"Mean confidence − accuracy. {by_model(shown)}"
@@ -197,7 +198,7 @@ def distributions(recorded, column, label=None, caption=None):
             sns.kdeplot(x=group[column], ax=ax, color=regularizer_style(text)["color"], cut=0, lw=1.5,
                         ls=lines[i % 4])
             shown.append((model, text, f"{group[column].median():.3g}"))
-        ax.set(title=label_of(model), xlabel=wrapped(label or column, 44), ylabel="", yticks=[])
+        ax.set(title=model_label(model), xlabel=wrapped(label or column, 44), ylabel="", yticks=[])
         ax.spines["left"].set_visible(False)
     axes[models[0]].set_ylabel("density")
     handles = [plt.Line2D([], [], color=regularizer_style(text)["color"], ls=lines[i % 4], label=regularizer_label(text))

@@ -8,9 +8,9 @@ __all__ = ['strength', 'ladders', 'doses']
 # %% ../../nbs/instruments/figures/doses.ipynb #21bb0572
 import matplotlib.pyplot as plt
 
-from .canvas import Figure, full, ink, label_of, legend, regularizer_label, row_height, subplots, theme
+from .canvas import Figure, full, ink, label_of, legend, model_label, regularizer_label, row_height, subplots, theme
 from .curves import curve
-from ..vocabulary import MODELS, capital, ordered, regularizer_style, units
+from ..vocabulary import capital, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/doses.ipynb #72a35c9d
 def strength(text):
@@ -50,6 +50,6 @@ def doses(runs, columns, caption, alt=None):
         top.set_title(capital(regularizer_label(name)))
         bottom.set_xticks(range(len(texts)), [f"{strength(text):g}" for text in texts])
         bottom.set_xlabel("strength")
-    names = [MODELS[model].words if model in MODELS else label_of(model) for model in models]
+    names = [model_label(model) for model in models]
     legend(fig, [plt.Line2D([], [], color=ink, ls=line, label=words) for words, line in zip(names, _lines)])
     return Figure(fig, f"{caption} Bands are 95 % intervals over seeds; strength 0 is plain training.", f"Curves over the strength. {alt or caption}")

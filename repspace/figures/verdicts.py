@@ -26,7 +26,7 @@ def _effect_line(ax, row, y):
         ax.plot([row.low * factor, row.high * factor], [y, y], color=look["color"], lw=1.5)
     ax.plot(row.effect * factor, y, markersize=5, ls="", mec="none", **look)
     if row.verdict: ax.annotate(VERDICTS.row(row.verdict).mark, (1.02, y), xycoords=ax.get_yaxis_transform(), va="center",
-                fontweight="bold", annotation_clip=False)
+                fontweight="bold", fontsize=7, annotation_clip=False)
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #1dc0d650
 def _effect_panel(ax, rows, labels):
@@ -44,9 +44,13 @@ def _effect_panel(ax, rows, labels):
     ax.set_yticks(ticks, [wrapped(label) for label in labels])
     ax.set_ylim(y - 1.2, -0.7)
     ax.tick_params(axis="y", length=0)
-    side = {"below": "←  claimed", "above": "claimed  →", "inside": "→ claimed ←", "": ""}[first["claimed"]]
-    unit = {"points": ", points", "%": ", %", "": ""}[first["unit"]]
-    ax.set_xlabel(f"{first['kind']}{unit}\n{side}")
+    ax.set_xlabel(_axis_words(first["kind"], first, 22))
+
+def _axis_words(what, row, width):
+    """`what` an axis shows, with the unit of a row and the side that is claimed of it."""
+    side = {"below": "←  claimed", "above": "claimed  →", "inside": "→ claimed ←", "": ""}[row["claimed"]]
+    unit = {"points": ", points", "%": ", %", "": ""}[row["unit"]]
+    return wrapped(f"{what}{unit}", width) + f"\n{side}"
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #73a4fe89
 def _of_regularizers(claim, rows):
@@ -66,8 +70,8 @@ def forest(rows, caption, alt):
     of_axis = [of_one for _, of_one in rows.groupby(shared, sort=False, dropna=False)]
     labels = [of_one.groupby(["label", "net"], sort=False).size().groupby("label", sort=False).max()
               .to_dict() for of_one in of_axis]
-    heights = [0.17 * sum(n + 0.9 for n in lines.values()) for lines in labels]
-    fig, axes = subplots(len(of_axis), len(nets), (full, sum(heights) + 0.62 * len(of_axis) + 0.5),
+    heights = [0.2 * sum(n + 0.9 for n in lines.values()) for lines in labels]
+    fig, axes = subplots(len(of_axis), len(nets), (full, sum(heights) + 0.75 * len(of_axis) + 0.5),
                          height_ratios=heights, sharey="row", sharex="row")
     for i, (of_one, lines) in enumerate(zip(of_axis, labels)):
         for ax, net in zip(axes[i], nets):
@@ -94,19 +98,22 @@ _reading = ("Points are seeds, lines intervals, corrected together; the band is 
 @theme()
 def strip(ledger, claim_id):
     """Small forest plot of the rows of a claim's primary measure: mean and interval by net and regularizer."""
-    rows = headline(of_claim(ledger, claim_id)[1])
+    claim, rows = of_claim(ledger, claim_id)
+    rows = headline(rows)
+    if (rows["verdict"] != "not applicable").any(): rows = rows[rows["verdict"] != "not applicable"]
     nets = dict(list(rows.assign(net=[net_words(row) for row in rows.itertuples()]).groupby("net", sort=False)))
-    fig, axes = subplots(1, 1, (half * 0.8, 0.35 + 0.16 * (len(rows) + len(nets))))
+    fig, axes = subplots(1, 1, (half * 0.8, 0.65 + 0.16 * (len(rows) + len(nets))))
     ax, y, ticks = axes[0, 0], 0, {}
     for net, of in nets.items():
         for i, row in enumerate(of.itertuples()): _effect_line(ax, row._replace(per_seed=[], verdict=""), y + i)
         ticks[net] = y + (len(of) - 1) / 2
         y += len(of) + 1
     first = rows.iloc[0]
-    factor, unit = units[first["unit"]][0], {"points": "points", "%": "%", "": ""}[first["unit"]]
+    factor = units[first["unit"]][0]
     ax.axvspan(first["low_bound"] * factor, first["high_bound"] * factor, color=ink, alpha=0.09, lw=0)
     ax.set_yticks(list(ticks.values()), [wrapped(net, 14) for net in ticks], fontsize=7)
-    ax.set(ylim=(y - 1.3, -0.7), xlabel=unit)
+    ax.set(ylim=(y - 1.3, -0.7))
+    ax.set_xlabel(_axis_words(claim.primary.label, first, 36), fontsize=7)
     ax.tick_params(axis="y", length=0)
     return Figure(fig, "", f"Effects with intervals. {' '.join(sentence.text for sentence in sentences(claim_id, rows))}")
 

@@ -95,13 +95,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """`Card`s side by side, and below them the colours of the regularizer texts `key`."""
+    """`Card`s side by side, and above them the colours of the regularizer texts `key`."""
     cards: list
     key: tuple = ()
 
     def _repr_html_(self):
         colors = " ".join(f'<span style="color:{regularizer_style(text)["color"]}">●</span> {html.escape(visible(regularizer_words(text)))}' for text in self.key)
-        return f'<div class="repspace-cards">{"".join(card._repr_html_() for card in self.cards)}</div>' + (f"<p>{colors}; grey: too small to matter</p>" if colors else "")
+        key = f"<p>{colors}; grey: too small to matter</p>" if colors else ""
+        return f'{key}<div class="repspace-cards">{"".join(card._repr_html_() for card in self.cards)}</div>'
     def __repr__(self): return "\n".join(f"{card.title} {' '.join(card.lines)}" for card in self.cards)
 
 # %% ../../nbs/instruments/findings/front.ipynb #de369261
