@@ -131,15 +131,17 @@ def breakdown_sentences(net):
 # %% ../../nbs/instruments/findings/breakdown.ipynb #422a3a1a
 def breakdown_brief(known):
     """Which of the two ways ends the help, by net, and how often the origin is crossed: sentences."""
+    among = [net.words for net in known]
     there = {net.words: net.kept(crossings) for net in known if "none" in set(net.kept(crossings)["line"])}
     whys = {words: why for words, table in there.items() if (why := why_words(table, [text for text in dict.fromkeys(table["line"]) if text != "none"]))}
-    said = [f"{capital(in_places(alike, there))}: {why}." for why, alike in grouped(whys, lambda _, why: why).items()]
-    return [*said, *([f"{crossed_brief(list(there.values()))}."] if there else [])]
+    said = [f"{capital(in_places(alike, among))}, {why.removeprefix('neither: ')}." for why, alike in grouped(whys, lambda _, why: why).items()]
+    return [*said, *(f"{crossed}." for crossed in [crossed_brief(list(there.values()))] if crossed)]
 
 def crossed_brief(tables):
-    """How many vectors have crossed the origin when their images break, over all of `tables` (of `crossings`), as text."""
-    first = pd.concat(tables).groupby(["net", "line"])["crossed_first"].mean()
-    word = "has hardly ever" if first.max() < FEW else "has now and then" if first.max() < 0.2 else "has often"
+    """How many vectors have crossed the origin when their images break, over all of `tables` (of `crossings`), as text; "" where none breaks."""
+    first = pd.concat(tables).groupby(["net", "line"])["crossed_first"].mean().dropna() if tables else []
+    if not len(first): return ""
+    word = "has hardly ever" if first.max() < FEW else "has now and then"
     return f"When an image breaks, its vector {word} crossed the origin: {spread(first, '%')} have, by net and regularizer"
 
 # %% ../../nbs/instruments/findings/breakdown.ipynb #fdc3df53

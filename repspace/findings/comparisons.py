@@ -143,17 +143,20 @@ def _with_strengths(name, texts):
 def in_places(nets, among):
     """Where something holds, in words: "on every net", or the `nets` of `among`, without their data where a model has no other here."""
     nets, models = dict.fromkeys(nets), [net.partition(" on ")[0] for net in dict.fromkeys(among)]
-    if len(nets) == len(models) > 1: return "on every net"
+    marks = {" (exploratory)" * net.endswith(" (exploratory)") for net in nets}
+    if len(nets) == len(models) > 1 and len(marks) == 1: return f"on every net{marks.pop()}"
     def brief(net):
         model, _, data = net.partition(" on ")
         return f"{model}{' (exploratory)' * data.endswith(' (exploratory)')}" if models.count(model) == 1 else net
     return f"on {listed(map(brief, nets))}"
 
-def in_pairs(pairs, among):
-    """`pairs` of net in words and regularizer text as words: "with Mixup on tiny CNN and with all three on ResNet-8"; `among`: all that there are."""
-    nets = {net: [text for of, text in among if of == net] for net in dict.fromkeys(net for net, _ in among)}
-    if len(pairs) == len(among) and len(nets) > 1:
-        return f"with {'and without regularization' if 'none' in {text for _, text in pairs} else 'every regularizer'} on every net"
+def in_pairs(pairs, among, nets=()):
+    """`pairs` of net in words and regularizer text as words: "with Mixup on tiny CNN and with all three on ResNet-8".
+
+    `among`: all pairs that there are; `nets`: further nets, of which nothing is known."""
+    nets = {net: [text for of, text in among if of == net] for net in dict.fromkeys([*(net for net, _ in among), *nets])}
+    if len(pairs) == len(among) and len(nets) > 1 and all(nets.values()):
+        return f"with {'and without regularization' if 'none' in {text for _, text in pairs} else 'every regularizer'} {in_places(nets, nets)}"
     return listed(f"{named([text for of, text in pairs if of == net], texts)} {in_places([net], nets)}" for net, texts in nets.items() if net in dict(pairs))
 
 def grouped(items, pattern):
@@ -199,7 +202,7 @@ def over_nets(effects_of, words):
     """A sentence that groups nets: `effects_of` {net in words: its rows}, `words` by `pattern`, with {where}; "" without rows."""
     known = {net: effects for net, effects in effects_of.items() if len(effects)}
     by_pattern = grouped(known, lambda _, effects: pattern(effects))
-    return "; ".join(words[name].format(where=in_places(by_pattern[name], known)) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
+    return "; ".join(words[name].format(where=in_places(by_pattern[name], effects_of)) for name in ("below", "above", "mixed", "neither") if name in by_pattern)
 
 def over_places(effects_of, words, unit="", absolute=True):
     """As `by_sign`, over the rows of several nets, `effects_of` {net in words: its rows}: {who} says with which regularizers on which nets."""
@@ -210,7 +213,7 @@ def over_places(effects_of, words, unit="", absolute=True):
         if not there: continue
         told = _size(pd.DataFrame([row for _, row in there]), name, unit, absolute)
         pairs, among = ([(net, row["regularizer"]) for net, row in of] for of in (there, known))
-        clauses.append(words[name].format(who=in_pairs(pairs, among), size=told))
+        clauses.append(words[name].format(who=in_pairs(pairs, among, effects_of), size=told))
     return "; ".join(clauses)
 
 # %% ../../nbs/instruments/findings/comparisons.ipynb #a27c7ce8

@@ -65,7 +65,7 @@ def gap_now(found, number_of=lambda own, plain: own["confidence_gap"]):
     return over_regularizers(paired(found[-1].runs, number_of)), found[-1].where
 
 def answer_overshoot(studies):
-    """The `Answer` to q-overshoot: a sentence per net; its number is the gap with regularization, in the mean of them."""
+    """The `Answer` to q-overshoot: one sentence, and one per net; its number is the gap with regularization, in the mean of them."""
     found = nets(studies, "calibration")
     if not found: return None
     interval, where = gap_now(found)
@@ -230,7 +230,7 @@ def gist_of_scaling(found):
     return f"For calibration, {told}; for robustness, scaling by hand does nothing but for biases."
 
 def answer_scaling(studies):
-    """The `Answer` to q-scaling: two sentences per net; its number is NLL of the regularized nets less that of the scaled plain one."""
+    """The `Answer` to q-scaling: one sentence, and two per net; its number is NLL of the regularized nets less that of the scaled plain one."""
     found = nets(studies, "scaling")
     if not found: return None
     ledger = rows(judging(studies), "robustness")

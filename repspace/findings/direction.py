@@ -242,11 +242,13 @@ def stable_brief(known):
 def schedules_brief(recorded):
     """By how much half and twice the epochs change the cosine with the center, at most, a list of one sentence."""
     changes = [stats.mean_interval(change) for _, _, change in _of_epochs(recorded, "alignment_span")]
+    if not changes: return []
     largest = max(changes, key=lambda interval: abs(interval.mean))
     return [f"The largest change of the mean cosine with the center in the span by half or twice the epochs is {spelled(largest, signed=True)}."]
 
 def _of_epochs(recorded, column):
     """(net's data and model, regularizer text, change by seed) of a column, for each schedule with runs beside plain ones."""
+    if column not in recorded.runs: return
     for net, of_net in recorded.runs.groupby(["data", "model"], sort=False):
         plain = of_net[of_net["regularizer"] == "none"].set_index("seed")[column]
         for text in [text for text in of_net["regularizer"].unique() if text.startswith("epochs:")]:

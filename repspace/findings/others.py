@@ -80,14 +80,14 @@ def gist_of_scale(table):
     shrinks = table["regularizer"].map(lambda text: "shrink" in families.roles(text))
     of = table[(table["column"] == "log2_break") & (table["seeds"] > 1) & shrinks]
     if of.empty: return ""
-    of = of.assign(side=[side(each) for each in intervals(of)])
-    alike = of.groupby("regularizer").filter(lambda rows: rows["side"].nunique() == 1 and len(rows) == of["model"].nunique())
+    of = of.assign(side=[side(each) for each in intervals(of)], net=[net_words(row) for row in of.itertuples()])
+    alike = of.groupby("regularizer").filter(lambda rows: rows["side"].nunique() == 1 and len(rows) == of["net"].nunique())
 
     told = by_sign(alike, {name: f"images withstand {words} {{who}} ({{size}})" for name, words in _limits.items()}, quantities["log2_break"][1], absolute=False)
     left = of.loc[~of["regularizer"].isin(alike["regularizer"]), "regularizer"].unique()
     rest = f"{named(left, left)} it depends on the net, or is not known everywhere" if len(left) else ""
-    return (f"Compared with logits held at the same length{', on every net' if of['model'].nunique() > 1 else ''}: "
-            f"{'; '.join(filter(None, [told, rest]))}.")
+    told = f"on every net {told}" if told and of["net"].nunique() > 1 else told
+    return f"Compared with logits held at the same length: {'; '.join(filter(None, [told, rest]))}."
 
 _limits = {"below": "smaller limits", "above": "larger limits", "neither": "about the same limits"}
 
@@ -99,7 +99,7 @@ def _largest(table):
     return row["effect"], row["low"], row["high"], "", f"{net_words(row)}, {regularizer_words(row['regularizer'])}"
 
 def answer_others(studies):
-    """The `Answer` to q-others: per net a sentence at their own scale and one at equal scale; None without digits-others."""
+    """The `Answer` to q-others: what is the same on every net; per net a sentence at their own scale and one at equal scale. None without digits-others."""
     own, table = own_scale(studies), equal_scale(studies)
     gist, told = gist_of_scale(table) if table is not None else "", []
     if len(own): told += [own_sentence(of) for _, of in own.groupby("model", sort=False)]
@@ -158,7 +158,7 @@ def corruption_sentence(net):
 
 # %% ../../nbs/instruments/findings/others.ipynb #10dc5e3e
 def answer_corruptions(studies):
-    """The `Answer` to q-corruptions: a sentence per net; its number is the change of accuracy under corruption on the last, all regularizers."""
+    """The `Answer` to q-corruptions: one sentence, and one per net; its number is the change of accuracy under corruption on the last, all regularizers."""
     found = nets(studies, "calibration")
     known = [net for net in found if corruption_sentence(net)]
     if not known: return None
@@ -172,7 +172,7 @@ ask(Question("q-corruptions", "What of natural corruptions, not only attacks?", 
 
 def gist_of_corruptions(found):
     """What regularizers do to accuracy under corruptions, all nets in one clause; "" where it was not measured."""
-    told = over_places({net.where: effects for net in found if len(effects := paired(net.runs, under(None)))}, _moves, "points")
+    told = over_places({net.where: paired(net.runs, under(None)) for net in found}, _moves, "points")
     return told and f"accuracy is {told}"
 
 def corruption_rows(found, column="accuracy"):

@@ -61,9 +61,9 @@ def answered(studies, question_id):
     return joined([asked, "", *lines])
 
 def detailed(studies, question_id):
-    """What stands behind the answer to a question, net by net, as `Markdown`; empty where nothing does."""
+    """What stands behind the answer to a question, net by net, as `Markdown`."""
     answer = answer_to(studies, question_id)
-    return joined([Markdown("- {}", sentence) for sentence in answer.details] if answer else [])
+    return joined([Markdown("- {}", sentence) for sentence in (answer.details if answer else [])] or ["No record here tells more."])
 
 def questions(studies):
     """Every question: a DataFrame with id, question, answer (text), number, low, high, unit, net, details (text), chapter."""

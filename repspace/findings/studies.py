@@ -200,7 +200,9 @@ def status(study):
     """Whether the rows of a `Judged` study are confirmatory, in words; of one with a rule of its own, that it has one."""
     if study.name in preregistration.OWN_RULES: return "judged by a rule of its own"
     history = preregistration.read(study.recorded.folders.results if study.recorded.folders else [])
-    return listed(sorted({preregistration.status(study.name, [run], history) for run in zip(study.runs["seed"], study.runs["made"])}))
+    of_condition = {key: list(zip(runs["seed"], runs["made"])) for key, runs in study.runs.groupby(["data", "model", "regularizer"])}
+    with_plain = [runs + of_condition.get((data, model, "none"), []) for (data, model, _), runs in of_condition.items()]
+    return listed(sorted({preregistration.status(study.name, runs, history) for runs in with_plain}))
 
 def registered(studies):
     """When the rules were written down, and which studies are confirmatory, as `Markdown`."""

@@ -264,7 +264,9 @@ def load(study, source=None, runs=None, results=None):
     for kind in _sources(source):
         rows, samples = (_fresh if kind == "fresh" else _published)(folders, study, faults)
         new = {name: row | {"study": study} for name, row in rows.items() if name not in records}
-        tables += [table[pd.MultiIndex.from_frame(table[["condition", "seed"]]).isin(list(new))] for table in samples if new]
+        if kind == "published":   # in one table, with rows of runs that are taken from elsewhere
+            samples = [table[pd.MultiIndex.from_frame(table[["condition", "seed"]]).isin(list(new))] for table in samples if new]
+        tables += samples
         records |= new
     for fault in faults: log.warning("left out: %s", fault)
     old = sum((row["made"]["schema"] or 2) < 3 for row in records.values())
