@@ -494,13 +494,18 @@ def test_with_all_four_factors_of_one_run_its_success_is_exactly_its_own(study):
 
 
 def test_the_parts_are_those_of_a_second_review():
-    """The figures in the preregistered analysis, of the direction's part at the old limit, in points."""
-    for study, net, expected, apart in (("cifar10-cpu", "cifar10.resnet8", (-.5, -.7, -.5), 0.1),
-                                        ("digits", "digits.tiny-cnn", (-2.5, .7, -1.5), 0.5)):   # trained again since
+    """The figures in the preregistered analysis, of the direction's part at the old limit, in points.
+
+    The review had the CIFAR records that are still there, and digits that were trained again since: of these, its figures
+    lie inside the intervals over seeds."""
+    for study, net, expected in (("cifar10-cpu", "cifar10.resnet8", (-.5, -.7, -.5)),
+                                 ("digits", "digits.tiny-cnn", (-2.5, .7, -1.5))):
         published = records.load(study, "published")
         for regularizer, points in zip(("label-smoothing-0.1", "mixup-1.0", "cutmix-1.0"), expected):
-            found = interventions.robustness_by_seed(published, f"{net}.none", f"{net}.{regularizer}", "pgd")
-            assert abs(100 * found["direction"].mean() - points) < apart
+            found = 100 * interventions.robustness_by_seed(published, f"{net}.none", f"{net}.{regularizer}", "pgd")["direction"]
+            if study == "cifar10-cpu": assert abs(found.mean() - points) < 0.1
+            mean, low, high = stats.mean_interval(found)
+            assert low < points < high and high - low < 1.5
 
 
 def test_rounded_records_tell_the_same(digits):
