@@ -1,5 +1,5 @@
-"""Writes when the rules were written down, and what was published after: results/preregistration.json for those of the claims,
-results/preregistration-held.json for that of the question that has one of its own.
+"""Writes when the rules were written down, and what was published after: results/preregistration.json and preregistration-later.json
+for those of the claims, results/preregistration-held.json for that of the question that has one of its own.
 
 `python book/preregistered.py` asks the repository's history; `make publish` calls it.
 """
@@ -24,7 +24,8 @@ def commits():
 
 def main():
     known = commits()
-    for source, rules, file in (("claims/preregistration", preregistration.RULES, preregistration.FILE), ("findings/held", held.RULE, held.FILE)):
+    kept = [("claims/preregistration", of.rules, of.file) for of in preregistration.REGISTRATIONS]
+    for source, rules, file in (*kept, ("findings/held", held.RULE, held.FILE)):
         found = preregistration.in_history(ROOT, known, f"repspace/{source}.py", rules)
         if found.commit is None:
             sys.exit(f"No commit here has the rules {rules} of {source}: commit them before what they judge is run. Every row is exploratory.")

@@ -239,7 +239,8 @@ class ModelRow(NamedTuple):
 
 MODELS = Table("model", [
     ModelRow("tiny-cnn", "tiny CNN"), ModelRow("tiny-cnn-bn", "tiny CNN with batch norm", True),
-    ModelRow("resnet8", "ResNet-8", True), ModelRow("resnet18", "ResNet-18", True),
+    ModelRow("resnet8", "ResNet-8", True), ModelRow("tiny-mobilenet", "tiny MobileNetV2", True),
+    ModelRow("tiny-convnext", "tiny ConvNeXt"), ModelRow("tiny-vit", "tiny ViT"), ModelRow("resnet18", "ResNet-18", True),
     ModelRow("resnet50", "ResNet-50", True), ModelRow("mobilenet_v2", "MobileNetV2", True),
     ModelRow("convnext_tiny", "ConvNeXt-T"), ModelRow("swin_t", "Swin-T"), ModelRow("vit", "ViT")])
 

@@ -10,21 +10,23 @@ from repspace.findings import cause, held
 from repspace.study import rates
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "results" / preregistration.FILE
+RESULTS = ROOT / "results"
 
 
 def git(*words):
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.skipif(not KEPT.exists(), reason="nothing was published under these rules")
-def test_what_is_kept_agrees_with_the_history():
-    kept = preregistration.read([KEPT.parent])
-    if kept.rules != preregistration.RULES:
+@pytest.mark.parametrize("registration", preregistration.REGISTRATIONS, ids=lambda of: of.file)
+def test_what_is_kept_agrees_with_the_history(registration):
+    if not (RESULTS / registration.file).exists():
+        pytest.skip("nothing was published under these rules")
+    kept = preregistration.read([RESULTS], registration.file)
+    if kept.rules != registration.rules:
         pytest.skip("the rules are others since, so every row is exploratory")
     if not git("cat-file", "-t", kept.commit):
         pytest.skip("this copy has no history")
-    assert preregistration.in_history(ROOT, kept.later) == kept
+    assert preregistration.in_history(ROOT, kept.later, rules=kept.rules) == kept
 
 
 @pytest.mark.parametrize("name", PREREGISTERED)

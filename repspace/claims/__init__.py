@@ -190,7 +190,7 @@ def ledger(recorded, alpha=0.05, claim_ids=None, paired=None):
     are at hand.
     """
     folders, lacking, entries = getattr(recorded, "folders", None), Counter(), []
-    history, paired = preregistration.read(folders.results if folders else []), list(pairs(recorded)) if paired is None else paired
+    history, paired = preregistration.histories(folders.results if folders else []), list(pairs(recorded)) if paired is None else paired
     for claim in CLAIMS if claim_ids is None else map(get, claim_ids):
         entries += _judged(claim, paired, history, alpha, lacking)
     for (study, claim, measure, column), n in lacking.items():

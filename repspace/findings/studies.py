@@ -199,19 +199,21 @@ def scope(studies):
 def status(study):
     """Whether the rows of a `Judged` study are confirmatory, in words; of one with a rule of its own, that it has one."""
     if study.name in preregistration.OWN_RULES: return "judged by a rule of its own"
-    history = preregistration.read(study.recorded.folders.results if study.recorded.folders else [])
+    known = preregistration.histories(study.recorded.folders.results if study.recorded.folders else [])
     of_condition = {key: list(zip(runs["seed"], runs["made"])) for key, runs in study.runs.groupby(["data", "model", "regularizer"])}
     with_plain = [runs + of_condition.get((data, model, "none"), []) for (data, model, _), runs in of_condition.items()]
-    return listed(sorted({preregistration.status(study.name, runs, history) for runs in with_plain}))
+    return listed(sorted({preregistration.status(study.name, runs, known) for runs in with_plain}))
 
 def registered(studies):
     """When the rules were written down, and which studies are confirmatory, as `Markdown`."""
-    history = preregistration.read()
-    when = Markdown("The rules ({}) were written down in commit {} of {}.", preregistration.RULES, (history.commit or "")[:7], history.date)
-    if not history.commit: when = "No published results here say when the rules were written down, so every row is exploratory."
-    lines = [[study.name, status(study), _judges(study.name), _seeds(study.runs["seed"]), listed(_dates(study.runs, history)), _shares(study.name)] for study in studies]
+    known, names = preregistration.histories(), {study.name for study in studies}
+    when = [Markdown("The rules ({}) for {} were written down in commit {} of {}.", of.rules, listed(there), known[there[0]].commit[:7], known[there[0]].date)
+            for of in preregistration.REGISTRATIONS if (there := [name for name in of.studies if name in names and name in known])]
+    if not when: when = ["No published results here say when the rules were written down, so every row is exploratory."]
+    lines = [[study.name, status(study), _judges(study.name), _seeds(study.runs["seed"]), listed(_dates(study.runs, known.get(study.name, preregistration.read()))), _shares(study.name)]
+             for study in studies]
     head = ["study", "rows are", "it judges", "seeds", "trained and measured by commits of", "shared with what came before"]
-    return joined([when, markdown_table(head, lines)], "\n\n")
+    return joined([joined(when, " "), markdown_table(head, lines)], "\n\n")
 
 def _judges(study):
     row = preregistration.PREREGISTERED.get(study)
@@ -221,8 +223,7 @@ def _seeds(seeds): return f"{seeds.min()}-{seeds.max()}"
 
 def _dates(runs, history):
     known = set().union(*map(preregistration.commits, runs["made"]))
-    return sorted({str(history.later.get(commit, "before the rules, or unknown"))[:10] if commit in history.later
-                   else "before the rules, or unknown" for commit in known})
+    return sorted({str(history.later[commit])[:10] if commit in history.later else "before the rules, or unknown" for commit in known})
 
 def _shares(study):
     row = preregistration.PREREGISTERED.get(study)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 from torchvision import models as tv
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 
 from ..data import as_float
@@ -63,6 +64,10 @@ def _mobilenet_v2(in_channels, small):
         net.get_submodule("features.2.conv.1.0").stride = (1, 1)
     return _restem(net, "features.0.0", in_channels, _fan_out, **(dict(stride=1) if small else {}))
 
+def _tiny_mobilenet(in_channels, small):
+    net = tv.mobilenet_v2(weights=None, width_mult=.35, dropout=0.0)
+    return net if in_channels == 3 else _restem(net, "features.0.0", in_channels, _fan_out)
+
 # %% ../../nbs/instruments/models/index.ipynb #bacb4be5
 def _resnet8(in_channels):
     """Three BasicBlocks of torchvision, 32, 64 and 128 wide, without a head."""
@@ -80,10 +85,16 @@ def _resnet8(in_channels):
     return net
 
 # %% ../../nbs/instruments/models/index.ipynb #eb9f03c0
+_truncated = partial(nn.init.trunc_normal_, std=.02)
+
 def _convnext_tiny(in_channels, small):
     net = tv.convnext_tiny(weights=None, stochastic_depth_prob=0.0)
-    return _restem(net, "features.0.0", in_channels, partial(nn.init.trunc_normal_, std=.02),
-                   **(dict(kernel_size=2, stride=2) if small else {}))
+    return _restem(net, "features.0.0", in_channels, _truncated, **(dict(kernel_size=2, stride=2) if small else {}))
+
+def _tiny_convnext(in_channels, small):
+    """One block 32 wide, one of 64 and two of 128."""
+    net = tv.ConvNeXt([CNBlockConfig(32, 64, 1), CNBlockConfig(64, 128, 1), CNBlockConfig(128, None, 2)], stochastic_depth_prob=0.0)
+    return _restem(net, "features.0.0", in_channels, _truncated, **(dict(kernel_size=2, stride=2) if small else {}))
 
 def _swin_t(in_channels, small):
     patch, window = (2, 4) if small else (4, 7)
@@ -93,20 +104,22 @@ def _swin_t(in_channels, small):
     as_pytorch_does = lambda weight: None
     return net if in_channels == 3 else _restem(net, "features.0.0", in_channels, as_pytorch_does)
 
-def _vit(in_channels, small):
-    size, patch, layers = (32, 4, 6) if small else (224, 16, 12)
-    net = tv.VisionTransformer(size, patch, layers, num_heads=3, hidden_dim=192, mlp_dim=768)
+def _vit(in_channels, size, patch, layers, width):
+    """A ViT of `layers`, `width` features wide, for images of `size` in patches of `patch` pixels."""
+    net = tv.VisionTransformer(size, patch, layers, num_heads=3, hidden_dim=width, mlp_dim=4 * width)
     spread = (in_channels * patch ** 2) ** -.5
-    return net if in_channels == 3 else _restem(net, "conv_proj", in_channels,
-                                                partial(nn.init.trunc_normal_, std=spread))
+    return net if in_channels == 3 else _restem(net, "conv_proj", in_channels, partial(nn.init.trunc_normal_, std=spread))
 
 # %% ../../nbs/instruments/models/index.ipynb #491bf207
 _BODIES = {  # name → function of (in_channels, small_images) that makes the network
     "tiny-cnn": lambda c, small: _tiny_cnn(c, norm=False),
     "tiny-cnn-bn": lambda c, small: _tiny_cnn(c, norm=True),
     "resnet8": lambda c, small: _resnet8(c),
+    "tiny-mobilenet": _tiny_mobilenet, "tiny-convnext": _tiny_convnext,
+    "tiny-vit": lambda c, small: _vit(c, *((32, 4) if small else (224, 28)), layers=4, width=96),
     "resnet18": partial(_resnet, tv.resnet18), "resnet50": partial(_resnet, tv.resnet50),
-    "mobilenet_v2": _mobilenet_v2, "convnext_tiny": _convnext_tiny, "swin_t": _swin_t, "vit": _vit,
+    "mobilenet_v2": _mobilenet_v2, "convnext_tiny": _convnext_tiny, "swin_t": _swin_t,
+    "vit": lambda c, small: _vit(c, *((32, 4, 6) if small else (224, 16, 12)), width=192),
 }
 _WIDTHS = {"tiny-cnn": 64, "tiny-cnn-bn": 64, "resnet8": 128}  # of those that come without a head
 
@@ -153,8 +166,8 @@ def build(name, num_classes, in_channels=3, small_images=True, feature_dim=None,
           mean=None, std=None, dropout=0.0, images=None, bias=True, hold=None):
     """An untrained Classifier named `name` (one of MODELS), its head as PyTorch initializes it.
 
-    `small_images` fits the stem to about 32×32 pixels, else to 224×224; the tiny ones and resnet8
-    take any size. `feature_dim` adds a Linear to that many features. `dropout` acts on features in
+    `small_images` fits the stem to about 32×32 pixels, else to 224×224; tiny-cnn, tiny-cnn-bn, tiny-mobilenet
+    and resnet8 take any size. `feature_dim` adds a Linear to that many features. `dropout` acts on features in
     training. A network that was added keeps its own head, which `images` help to find (see `split`).
     Without `bias` the head has none, and all else is initialized as with it; `hold` as in `Classifier`.
     `ValueError` where the name is unknown.
