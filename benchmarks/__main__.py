@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -39,6 +39,14 @@ ON_GPU = {
 
 # ---- where and with what ----
 
+def installed(name):
+    """The version of a library, or None: not every machine has the peers."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def machine():
     """What the figures depend on besides the code."""
     try:
@@ -48,7 +56,7 @@ def machine():
         cpu = platform.processor() or platform.machine()
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system(),
             "gpu": torch.cuda.get_device_name() if GPU else None, "python": platform.python_version(),
-            "libraries": {name: version(name) for name in LIBRARIES}}
+            "libraries": {name: installed(name) for name in LIBRARIES}}
 
 
 def commit():
