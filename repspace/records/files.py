@@ -171,22 +171,55 @@ def _array(content):
     return values.reshape(shape, order="F" if by_column else "C").copy()
 
 # %% ../../nbs/instruments/records/files.ipynb #b80fb476
+_INDEX, _NUMBERS = "index", re.compile(r"[<>|][biuf][1248]")
+
+def _planes(arrays):
+    """`arrays`, of one type and shape, as one of bytes (bytes of a number, arrays, …)."""
+    stacked = np.ascontiguousarray(np.stack(arrays))[..., None]
+    return np.ascontiguousarray(np.moveaxis(stacked.view(np.uint8), -1, 0))
+
+def _stacked(planes, dtype, count):
+    """The `count` arrays of `dtype`, stacked, that `planes` are of; `ValueError` if they are not."""
+    dtype = np.dtype(dtype)
+    if planes.dtype != np.uint8 or planes.shape[:2] != (dtype.itemsize, count):
+        raise ValueError(f"its bytes have shape {planes.shape}, and are to be those of {count} arrays of {dtype}")
+    return np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(dtype)[..., 0]
+
+def _index(content):
+    """{name: (member, dtype, names of all arrays in it)}, from the bytes of an index; `ValueError` if it is none."""
+    found = {}
+    for member, entry in json_object(content).items():
+        names = entry["of"]
+        if not (isinstance(names, list) and all(isinstance(n, str) for n in names) and _NUMBERS.fullmatch(str(entry["dtype"]))):
+            raise ValueError("its index does not say whose arrays they are")
+        if set(names) & set(found) or len(set(names)) < len(names): raise ValueError("a name stands in it twice")
+        found |= dict.fromkeys(names, (member, entry["dtype"], names))
+    return found
+
 class Npz:
-    """The arrays in the bytes of an npz file, by name; each is decompressed when it is asked for."""
+    """The arrays in the bytes of an npz file, by name; those of a member are decompressed when one of them is asked for."""
     def __init__(self, content):
         self._archive = zipfile.ZipFile(io.BytesIO(content))
         members = self._archive.infolist()
         self._members = {m.filename.removesuffix(".npy"): m for m in members}
         if len(self._members) < len(members): raise ValueError("a name stands in it twice")
         check_size(sum(m.file_size for m in members), len(content))
+        self._found, self._stacks = {}, {}
+        if _INDEX in self._members: self._found = _index(self._member(_INDEX).tobytes())
 
-    def __iter__(self): return iter(self._members)
+    def __iter__(self): return iter(self._found or self._members)
 
-    def __getitem__(self, name):
+    def _member(self, name):
         member = self._members[name]
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{name} is encrypted, or compressed in an unknown way")
         return _array(self._archive.read(member))
+
+    def __getitem__(self, name):
+        if not self._found: return self._member(name)
+        member, dtype, names = self._found[name]
+        if member not in self._stacks: self._stacks[member] = dict(zip(names, _stacked(self._member(member), dtype, len(names))))
+        return self._stacks[member][name].copy()
 
     def items(self): return ((name, self[name]) for name in self)
 
@@ -259,8 +292,12 @@ def frame_content(frame, **options):
 
 def npz_content(arrays):
     """The bytes of a compressed file that holds `arrays`, a dict: the same for the same arrays."""
-    file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    alike, file = {}, io.BytesIO()
+    for name, a in arrays.items(): alike.setdefault((name.rpartition("/")[2], a.dtype.str, a.shape), []).append(name)
+    members = {f"{number}:{kind}": (dtype, names) for number, ((kind, dtype, _), names) in enumerate(sorted(alike.items()))}
+    index = canonical({member: {"dtype": dtype, "of": names} for member, (dtype, names) in members.items()})
+    stacks = {member: _planes([arrays[name] for name in names]) for member, (_, names) in members.items()}
+    np.savez_compressed(file, allow_pickle=False, **{_INDEX: np.frombuffer(index.encode(), np.uint8)}, **stacks)
     return file.getvalue()
 
 # %% ../../nbs/instruments/records/files.ipynb #1a0b3c20
