@@ -43,7 +43,7 @@ def expected():
     text = README.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         sys.exit("README.md has no block <!-- found: … --> … <!-- /found -->")
-    figure = figures.scorecard(findings.rows(findings.judging(studies)))
+    figure = figures.scorecard(findings.evidence(studies))
     return BLOCK.sub(lambda m: m[1] + block(studies) + m[2], text), figure.file_text()
 
 

@@ -23,8 +23,8 @@ from .preregistration import PREREGISTERED
 from .statements import (CLAIMS, Claim, Measure, Pair, Said, chapters, columns, excluded, get, kinds,
                                         paired_kinds, register, values)
 from .sentences import evidence, gist, opening, overview, sentences, speaking, with_nets
-from .tables import (Markdown, TextTable, agreement, claimed_by, compare, headline, joined, markdown_table, scorecard, table)
-from ..vocabulary import DATA, DataRow, ordered
+from .tables import (Markdown, TextTable, agreement, claimed_by, compare, headline, joined, markdown_table, min_seeds, scorecard, table)
+from ..vocabulary import ordered
 
 _all_ = ["PREREGISTERED", "CLAIMS", "Claim", "Measure", "Pair", "chapters", "columns", "get", "kinds", "paired_kinds",
          "register", "values", "Markdown", "TextTable", "agreement", "claimed_by", "compare", "evidence", "gist", "headline", "joined",
@@ -155,9 +155,7 @@ ledger_columns = ["claim", "role", "status", "measure", "label", "kind", "study"
                   "regularizer", "family", "partner", "unit", "claimed", "low_bound", "high_bound", "effect", "low", "high",
                   "level", "p", "seeds", "missing", "verdict", "why", "detectable", "companion", "before", "after", "per_seed"]
 
-def _min_seeds(data):
-    row = DATA.get(str(data).partition(":")[0])
-    return row.min_seeds if row else DataRow._field_defaults["min_seeds"]
+
 
 def _key(row): return row["study"], row["condition"], row["partner"]
 
@@ -170,7 +168,7 @@ def _decide(rows, alpha):
     """Put the decisions about `rows`, primary ones of one family, into them; others have an interval at 1 − `alpha`."""
     judged = [row for row in rows if row["role"] == "primary" and row["applies"]]
     tested = [(row["per_seed"], row["region"]) for row in judged]
-    for row, decision in zip(judged, stats.decide(tested, _min_seeds(rows[0]["data"]), alpha)):
+    for row, decision in zip(judged, stats.decide(tested, min_seeds(rows[0]["data"]), alpha)):
         row.update(decision._asdict())
         if row["verdict"] == "open": row["detectable"] = stats.detectable(
             row["seeds"], row["low"], row["high"], row["level"], row["region"])

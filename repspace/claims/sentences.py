@@ -12,16 +12,21 @@ from typing import NamedTuple
 import pandas as pd
 
 from .statements import CLAIMS, Said, get, paired_kinds
-from .tables import Markdown, claimed_by, headline, joined, markdown_table, of_claim
+from .tables import Markdown, claimed_by, headline, joined, markdown_table, min_seeds, of_claim
 from ..vocabulary import MODELS, REGULARIZERS, VERDICTS, data_words, listed, number, ordered, regularizer_words, units
 
 # %% ../../nbs/instruments/claims/sentences.ipynb #4c07ed1e
 _of_net = ["data", "model", "feature_dim"]
 
 def speaking(ledger):
-    """The rows, of all measures, of the one study that speaks for each claim and net."""
+    """The rows, of all measures, of the one study that speaks for each claim and net.
+
+    Where some nets have the seeds that a verdict needs, others are left out, since nothing is decided on them."""
     rows = headline(ledger)
     if rows.empty: return rows
+    most = rows.groupby(_of_net, dropna=False)["seeds"].transform("max")
+    enough = most >= rows["data"].map(min_seeds)
+    if enough.any(): rows = rows[enough]
     keys = ["claim", *_of_net, "study"]
     best = rows.assign(first=rows["status"].eq("confirmatory")).groupby(keys, dropna=False, sort=False)[["first", "seeds"]].max()
     best = best.sort_values(["first", "seeds"], ascending=False, kind="stable").reset_index().drop_duplicates(keys[:-1])

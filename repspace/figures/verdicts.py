@@ -133,7 +133,7 @@ def _cell(ax, x, y, verdicts):
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #3200c554
 def _scorecard_axes(ax, lines, nets, order):
-    """Label the grid of one row of `nets`, and return the x of each (study, model, regularizer)."""
+    """Label the grid of one row of `nets`, {(study, model): in words}, and return the x of each (study, model, regularizer)."""
     xs = {(*net, r): i * (len(order) + 0.35) + j
           for i, net in enumerate(nets) for j, r in enumerate(order)}
     ax.set(xlim=(-0.6, max(xs.values()) + 0.6), ylim=(len(lines) - 0.4, -0.6))
@@ -143,7 +143,7 @@ def _scorecard_axes(ax, lines, nets, order):
     ax.spines[:].set_visible(False)
     above = ax.secondary_xaxis("top")
     middles = [np.mean([xs[*net, r] for r in order]) for net in nets]
-    above.set_xticks(middles, [f"{label_of(study)}\n{label_of(model)}\n\n\n" for study, model in nets], fontweight="bold")
+    above.set_xticks(middles, [f"{wrapped(capital(words), 26)}\n{label_of(study)}\n\n\n" for (study, _), words in nets.items()], fontweight="bold")
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
     return xs
@@ -154,10 +154,10 @@ def scorecard(ledger, caption=None):
     """Grid of verdicts by claim and condition, all studies."""
     ledger = headline(ledger)
     if ledger.empty: raise ValueError("the ledger has no verdicts on regularizers against plain runs")
-    nets, order = list(dict.fromkeys(zip(ledger["study"], ledger["model"]))), ordered(ledger["regularizer"])
+    nets, order = {(row.study, row.model): net_words(row) for row in ledger.itertuples()}, ordered(ledger["regularizer"])
     lines = list(dict.fromkeys(ledger["claim"]))
     side_by_side = max(1, 12 // len(order))
-    blocks = [nets[i:i + side_by_side] for i in range(0, len(nets), side_by_side)]
+    blocks = [dict(list(nets.items())[i:i + side_by_side]) for i in range(0, len(nets), side_by_side)]
     fig, axes = subplots(len(blocks), 1, (full, (0.27 * len(lines) + 1.1) * len(blocks)))
     cells = ledger.groupby(["claim", "study", "model", "regularizer"], sort=False)
     for ax, block in zip(axes[:, 0], blocks):
