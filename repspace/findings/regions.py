@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['closed_classes', 'plane_table', 'closes', 'side_by_side', 'all_planes', 'beside', 'class_degrees', 'speaking_runs',
            'by_class', 'class_table', 'with_large_biases', 'bias_runs', 'bias_table', 'bias_figure', 'bias_caption',
-           'classes_table', 'with_ratio', 'along', 'classes_figure', 'in_short']
+           'classes_table', 'with_ratio', 'along', 'more_classes', 'classes_figure', 'in_short']
 
 # %% ../../nbs/instruments/findings/regions.ipynb #572661c6
 import numpy as np
@@ -13,9 +13,10 @@ import pandas as pd
 
 from .. import claims, figures, stats
 from ..claims import TextTable
-from ..claims.sentences import Sentence, net_words, spelled, spread, who
+from ..claims.sentences import Sentence, model_words, net_words, spelled, spread, who
 from .comparisons import by_net, by_regularizer, grouped, mean_by, nets, sign
 from .questions import Answer, Question, ask
+from .studies import evidence
 from ..records import NotKept
 from ..vocabulary import capital, data_row, listed, number, ordered, regularizer_words
 
@@ -305,9 +306,25 @@ def along(table):
         sentences.append(_along(name, of))
     return list(filter(None, sentences))
 
+_by_classes = {("cones", "none"): "degree of cone with plain training", ("cones", "label-smoothing:0.1"): "degree of cone with label smoothing"} | {
+    (claim, "label-smoothing:0.1"): words for claim, words in _effects.items()}
+
+def more_classes(studies):
+    """A sentence for each net that was trained on images of several numbers of classes, in as many features: a list."""
+    clauses = {}
+    for (claim, text), words in _by_classes.items():
+        rows = evidence(studies, claim)
+        rows = rows[(rows["regularizer"] == text) & rows["effect"].notna()]
+        rows = rows.assign(K=[data_row(name).classes for name in rows["data"]]).dropna(subset=["K"]).sort_values("K")
+        for model, of in rows.groupby("model", sort=False):
+            if of["K"].nunique() < 2: continue
+            few, many = (spelled(of.iloc[i][["effect", "low", "high"]].astype(float), of.iloc[i]["unit"], signed=claim != "cones") for i in (0, -1))
+            clauses.setdefault((model, *of["K"].iloc[[0, -1]].astype(int)), []).append(f"{words} {many} instead of {few}")
+    return [f"{model_words(model)} on images of {most} classes instead of {least}: {listed(of)}." for (model, least, most), of in clauses.items()]
+
 def _q_classes(studies):
     table = classes_table(studies.recorded("digits-classes")) if hasattr(studies, "recorded") else pd.DataFrame()
-    sentences = along(table)
+    sentences = along(table) + (more_classes(studies) if studies else [])
     if not sentences: return None
     plain = table[(table["quantity"] == "degree of cone") & (table["regularizer"] == "none")]
     r = with_ratio(plain) if len(plain) else None
