@@ -128,11 +128,11 @@ def cards(studies, folder=""):
     return Cards([card for card in four if card], tuple(key))
 
 # %% ../../nbs/instruments/findings/front.ipynb #3ef7ba53
-def _of_each(runs, column, unit, signed=False):
-    """The mean of `column` for each regularizer, in words; "" where it is not there."""
+def _of_each(what, runs, column, unit, signed=False):
+    """The mean of `column` for each regularizer, after "; `what`: "; "" where it is not there."""
     if column not in runs: return ""
     mean = runs[column].astype(float).groupby(runs["regularizer"]).mean()
-    return listed(f"{regularizer_words(text)} {number(mean[text], unit, signed=signed)}" for text in ordered(mean.index))
+    return f"; {what}: " + listed(f"{regularizer_words(text)} {number(mean[text], unit, signed=signed)}" for text in ordered(mean.index))
 
 def _trained(runs):
     """A line on the runs of one net of a study."""
@@ -142,7 +142,7 @@ def _trained(runs):
     seeds = runs["seed"].nunique()
     words = [f"{images:,} training images" if images else "", f"{recipe['epochs']} epochs" if "epochs" in recipe else "",
              f"{seeds} {'seed' if seeds == 1 else 'seeds'}"]
-    return Markdown("- **{}** ({}): {}; accuracy: {}.", net_words(first), first["study"], ", ".join(filter(None, words)), _of_each(runs, "accuracy", "%"))
+    return Markdown("- **{}** ({}): {}{}", net_words(first), first["study"], ", ".join(filter(None, words)), _of_each("accuracy", runs, "accuracy", "%"))
 
 def _soft_runs(studies):
     """{(study, model, data): its runs, plain and with the three regularizers}."""
@@ -152,13 +152,13 @@ def _soft_runs(studies):
 def tested(studies):
     """What was tested, a line per net of each study that speaks for one, as `Markdown`."""
     runs, spoken = _soft_runs(studies), evidence(studies)[["study", "model", "data"]].drop_duplicates()
-    return joined(_trained(runs[key]) for key in spoken.itertuples(index=False, name=None))
+    return joined(Markdown("{}.", _trained(runs[key])) for key in spoken.itertuples(index=False, name=None))
 
 def too_few(studies):
     """What was run on fewer seeds than a verdict needs, a line per net, as `Markdown`; empty where there is none."""
     speak = set(evidence(studies)[["model", "data"]].itertuples(index=False, name=None))
     few = [of for (_, *net), of in _soft_runs(judging(studies)).items() if tuple(net) not in speak]
-    lines = [joined([_trained(of), Markdown("Confidence less accuracy: {}.", _of_each(of, "confidence_gap", "points", signed=True))], " ") for of in few]
+    lines = [Markdown("{}{}.", _trained(of), _of_each("confidence less accuracy", of, "confidence_gap", "points", signed=True)) for of in few]
     if not lines: return Markdown("")
     return joined([Markdown("**On too few seeds to conclude anything** (every row of theirs is open, and no sentence of this book speaks of them):"), *lines], "\n")
 
