@@ -132,7 +132,7 @@ def _of_each(what, runs, column, unit, signed=False):
     """The mean of `column` for each regularizer, after "; `what`: "; "" where it is not there."""
     if column not in runs: return ""
     mean = runs[column].astype(float).groupby(runs["regularizer"]).mean()
-    return f"; {what}: " + listed(f"{regularizer_words(text)} {number(mean[text], unit, signed=signed)}" for text in ordered(mean.index))
+    return Markdown("; {}: {}", what, listed(f"{regularizer_words(text)} {number(mean[text], unit, signed=signed)}" for text in ordered(mean.index)))
 
 def _trained(runs):
     """A line on the runs of one net of a study."""
