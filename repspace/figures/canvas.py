@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ink', 'full', 'half', 'row_height', 'size', 'theme', 'subplots', 'Figure', 'label_of', 'model_label',
-           'regularizer_label', 'wrapped', 'legend', 'regularizer_legend', 'panels', 'verdict_key', 'short', 'by_model']
+           'regularizer_label', 'wrapped', 'in_rows', 'heading', 'same_limits', 'legend', 'regularizer_legend',
+           'panels', 'verdict_key', 'short', 'by_model']
 
 # %% ../../nbs/instruments/figures/canvas.ipynb #b29fb619
 import hashlib
@@ -134,9 +135,25 @@ def wrapped(text, width=26):
     """`text` in lines of at most `width` letters."""
     return "\n".join(textwrap.wrap(label_of(text), width))
 
+def in_rows(names, most=4):
+    """`names` of panels in rows of about as many, `most` at most: a list of lists."""
+    count = -(-len(names) // -(-len(names) // most)) if names else 1
+    return [names[i:i + count] for i in range(0, len(names), count)]
+
+def heading(name, columns):
+    """The title of a panel, one of so many side by side."""
+    return wrapped(name, {1: 34, 2: 34, 3: 24}.get(columns, 18))
+
+def same_limits(rows, axis="x"):
+    """Give all panels in `rows` of panels, those switched off left aside, the limits of the widest."""
+    axes = [ax for row in rows for ax in row if ax.axison]
+    ends = [getattr(ax, f"get_{axis}lim")() for ax in axes]
+    for ax in axes: getattr(ax, f"set_{axis}lim")(min(low for low, _ in ends), max(high for _, high in ends))
+
 def legend(fig, handles):
-    """The legend of `fig` above it, in two lines where the figure is narrow."""
-    columns = len(handles) if fig.get_figwidth() > 5 else -(-len(handles) // 2)
+    """The legend of `fig` above it, in as many lines as its width asks for."""
+    widest = 0.35 + 0.055 * max((len(handle.get_label()) for handle in handles), default=0)   # in inches
+    columns = len(in_rows(handles, max(1, int(fig.get_figwidth() / widest)))[0]) if handles else 1
     fig.legend(handles=handles, loc="outside upper center", ncols=columns, handletextpad=0.4)
 
 def regularizer_legend(fig, texts):

@@ -6,11 +6,13 @@
 __all__ = ['curve', 'over', 'look', 'look_of', 'sweeps']
 
 # %% ../../nbs/instruments/figures/curves.ipynb #11d9300a
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import stats
-from .canvas import Figure, full, label_of, legend, panels, regularizer_label, subplots, theme, wrapped
+from .canvas import Figure, full, heading, in_rows, label_of, legend, panels, regularizer_label, same_limits, subplots, theme, wrapped
 from ..vocabulary import ordered, regularizer_style
 
 # %% ../../nbs/instruments/figures/curves.ipynb #b51a3d5a
@@ -86,15 +88,21 @@ def sweeps(table, quantities, looks, xlabel, caption, levels=None, shared=True):
     `quantities`: {column: label}; `looks`: {line: `look`}; `levels`: a table without x, whose means are dotted levels; `shared`:
     whether nets share the axis of a quantity."""
     nets = list(dict.fromkeys(table["net"]))
-    fig, axes = subplots(len(quantities), len(nets), (full if len(nets) > 1 else 4.6, 1.5 * len(quantities) + 0.8), sharex="col", sharey="row" if shared else False)
-    for (column, label), row in zip(quantities.items(), axes):
-        for net, ax in zip(nets, row):
+    blocks, n = in_rows(nets), len(quantities)
+    columns = len(blocks[0])
+    fig, axes = subplots(n * len(blocks), columns, (full if columns > 1 else 4.6, (1.5 * n + 0.8) * len(blocks)), sharey="row" if shared else False)
+    for (block, (column, label)), row in zip(product(blocks, quantities.items()), axes):
+        for ax in row[len(block):]: ax.set_axis_off()
+        for net, ax in zip(block, row):
             for line, of_line in table[table["net"] == net].groupby("line"): _line(ax, of_line, column, looks[line])
             for line, of_line in _of(levels, net): ax.axhline(of_line[column].astype(float).mean(), color=looks[line]["color"], ls=":", lw=1.3)
         row[0].set_ylabel(wrapped(label, 22))
-    for net, top, bottom in zip(nets, axes[0], axes[-1]):
-        top.set_title(wrapped(net, 34 if len(nets) < 3 else 24))
-        _ticks(bottom, np.sort(table.loc[table["net"] == net, "x"].unique()), xlabel)
+    for i, block in enumerate(blocks):
+        for net, of_net in zip(block, axes[i * n:(i + 1) * n].T):
+            of_net[0].set_title(heading(net, columns))
+            for ax in of_net: _ticks(ax, np.sort(table.loc[table["net"] == net, "x"].unique()), xlabel if ax is of_net[-1] else "")
+            for ax in of_net[:-1]: ax.tick_params(labelbottom=False)
+    for i in range(n if shared else 0): same_limits(axes[i::n], "y")
     drawn = {*table["line"], *([] if levels is None else levels["line"])}
     legend(fig, [plt.Line2D([], [], markersize=4, **_handle(looks[line], line in set(table["line"]))) for line in looks if line in drawn])
     return Figure(fig, caption, f"Curves over {xlabel}. {caption}")

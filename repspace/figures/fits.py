@@ -6,9 +6,11 @@
 __all__ = ['fits']
 
 # %% ../../nbs/instruments/figures/fits.ipynb #d958271e
+from itertools import product
+
 import numpy as np
 
-from .canvas import Figure, full, ink, regularizer_legend, subplots, theme, wrapped
+from .canvas import Figure, full, heading, in_rows, ink, regularizer_legend, same_limits, subplots, theme, wrapped
 from ..vocabulary import ordered, regularizer_style
 
 # %% ../../nbs/instruments/figures/fits.ipynb #0f91efe0
@@ -18,17 +20,22 @@ def fits(table, label, caption):
     table = table.reset_index(drop=True)
     nets, rows = (list(dict.fromkeys(table[column])) for column in ("net", "explanation"))
     first = table["regularizer"].str.partition("+")[0].str.partition(":")[0]
-    fig, axes = subplots(len(rows), len(nets), (full if len(nets) > 1 else 4.6, 2.1 * len(rows) + 0.7), sharex="col", sharey="col")
-    for explanation, line in zip(rows, axes):
-        for net, ax in zip(nets, line):
+    blocks = in_rows(nets)
+    columns = len(blocks[0])
+    fig, axes = subplots(len(blocks) * len(rows), columns, (full if columns > 1 else 4.6, (2.1 * len(rows) + 0.7) * len(blocks)))
+    for (block, explanation), line in zip(product(blocks, rows), axes):
+        for ax in line[len(block):]: ax.set_axis_off()
+        for net, ax in zip(block, line):
             chosen = (table["net"] == net) & (table["explanation"] == explanation)
             for name, of in table[chosen].groupby(first):
                 ax.plot(of["explained"], of["measured"], ls="", markersize=3, mec="none", alpha=0.6, **regularizer_style(name))
             ends = np.array([table.loc[table["net"] == net, "measured"].min(), table.loc[table["net"] == net, "measured"].max()])
             ax.plot(ends, ends, color=ink, lw=0.7, ls="--", alpha=0.6)
+            ax.set_xlabel(wrapped(f"explained by {explanation}", 40))
+            if explanation == rows[0]: ax.set_title(heading(net, columns))
         line[0].set_ylabel(f"{wrapped(label, 24)}")
-    for net, ax in zip(nets, axes[0]): ax.set_title(wrapped(net, 34 if len(nets) < 3 else 24))
-    for explanation, line in zip(rows, axes):
-        for ax in line: ax.set_xlabel(wrapped(f"explained by {explanation}", 40))
+    for i, block in enumerate(blocks):
+        for axis in "xy":
+            for j in range(len(block)): same_limits([axes[i * len(rows):(i + 1) * len(rows), j]], axis)
     regularizer_legend(fig, ordered(first))
     return Figure(fig, caption, f"Measured against explained. {caption}")

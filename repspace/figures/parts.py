@@ -9,7 +9,7 @@ __all__ = ['parts_of_change']
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .canvas import Figure, full, ink, label_of, regularizer_label, subplots, theme, wrapped
+from .canvas import Figure, full, heading, in_rows, ink, label_of, regularizer_label, subplots, theme, wrapped
 from ..vocabulary import regularizer_style
 
 # %% ../../nbs/instruments/figures/parts.ipynb #da4dbf2d
@@ -20,12 +20,14 @@ def parts_of_change(nets, parts, whole, label, caption):
     """Parts of a change: {net: {regularizer: {part: (mean, low, high)}}}, a panel per net; the bars of a regularizer share a row.
 
     `parts`: {name: words} of the bars; `whole`: the name of their sum; `label`: of the axis."""
-    fig, axes = subplots(1, len(nets), (full, 0.34 * max(map(len, nets.values())) * 2 + 1.2), sharex=True)
-    for ax, (net, of) in zip(axes[0], nets.items()):
+    blocks = in_rows(list(nets))
+    fig, axes = subplots(len(blocks), len(blocks[0]), (full, (0.34 * max(map(len, nets.values())) * 2 + 1.2) * len(blocks)), sharex=True)
+    for ax in axes.flat[len(nets):]: ax.set_axis_off()
+    for ax, (net, of) in zip(axes.flat, nets.items()):
         for i, (text, each) in enumerate(of.items()): _bars(ax, i, each, parts, whole, regularizer_style(text))
         ax.axvline(0, color=ink, lw=0.6)
-        ax.set(title=wrapped(net, 26), ylim=(len(of) - 0.5, -0.6))
-        ax.set_yticks(range(len(of)), [wrapped(regularizer_label(text), 11) for text in of] if ax is axes[0, 0] else [""] * len(of))
+        ax.set(title=heading(net, len(blocks[0])), ylim=(len(of) - 0.5, -0.6))
+        ax.set_yticks(range(len(of)), [wrapped(regularizer_label(text), 11) for text in of] if ax in axes[:, 0] else [""] * len(of))
         ax.tick_params(axis="y", length=0)
     fig.supxlabel(label_of(label), fontsize=9)
     _key(fig, parts)

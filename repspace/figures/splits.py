@@ -8,7 +8,7 @@ __all__ = ['splits']
 # %% ../../nbs/instruments/figures/splits.ipynb #cac3c6c8
 import numpy as np
 
-from .canvas import Figure, full, ink, regularizer_legend, subplots, theme, wrapped
+from .canvas import Figure, full, heading, in_rows, ink, regularizer_legend, subplots, theme, wrapped
 from ..vocabulary import capital, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/splits.ipynb #3e8a1df4
@@ -25,8 +25,11 @@ def splits(table, caption, unit="", xlabel=""):
     """Parts by net: `table` has columns net, part, regularizer, mean, low and high, perhaps spread; parts in their order."""
     nets, order, names = list(dict.fromkeys(table["net"])), ordered(table["regularizer"]), list(dict.fromkeys(table["part"]))
     factor = units[unit][0]
-    fig, axes = subplots(1, len(nets), (full if len(nets) > 1 else 4.6, 0.2 + (0.16 * len(order) + 0.2) * len(names) + 0.9), sharey=True)
-    for net, ax in zip(nets, axes[0]):
+    blocks, height = in_rows(nets), (0.16 * len(order) + 0.2) * len(names) + 0.9
+    columns = len(blocks[0])
+    fig, axes = subplots(len(blocks), columns, (full if columns > 1 else 4.6, 0.2 + height * len(blocks)), sharey=True)
+    for ax in axes.flat[len(nets):]: ax.set_axis_off()
+    for net, ax in zip(nets, axes.flat):
         ax.axvline(0, color=ink, lw=0.6, alpha=0.6)
         for y, name in enumerate(names):
             rows = table[(table["net"] == net) & (table["part"] == name)]
@@ -34,7 +37,7 @@ def splits(table, caption, unit="", xlabel=""):
                 width = rows["spread"].max() * factor
                 ax.barh(y, 2 * width, left=-width, height=0.8, color=ink, alpha=0.1, lw=0)
             _part(ax, rows, y, factor, order)
-        ax.set(ylim=(len(names) - 0.4, -0.6), title=wrapped(net, 34 if len(nets) < 3 else 24), xlabel=wrapped(xlabel, 34 if len(nets) < 3 else 22))
+        ax.set(ylim=(len(names) - 0.4, -0.6), title=heading(net, columns), xlabel=heading(xlabel, columns))
         ax.set_yticks(range(len(names)), [wrapped(capital(name), 20) for name in names])
         ax.tick_params(axis="y", length=0)
     regularizer_legend(fig, order)

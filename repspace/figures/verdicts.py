@@ -6,6 +6,8 @@
 __all__ = ['forest', 'effects', 'strip', 'scorecard']
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #f47f5a25
+from itertools import zip_longest
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,8 +15,8 @@ import pandas as pd
 from ..claims import families
 from ..claims.sentences import net_words, sentences
 from ..claims.tables import headline, of_claim
-from .canvas import (Figure, full, half, ink, label_of, regularizer_label, regularizer_legend, subplots, theme, verdict_key,
-                                     wrapped)
+from .canvas import (Figure, full, half, heading, in_rows, ink, label_of, regularizer_label, regularizer_legend, same_limits, subplots,
+                                     theme, verdict_key, wrapped)
 from ..vocabulary import VERDICTS, capital, listed, ordered, regularizer_style, units
 
 # %% ../../nbs/instruments/figures/verdicts.ipynb #33b02cb0
@@ -65,20 +67,22 @@ def forest(rows, caption, alt):
 
     Rows that share unit and band share an axis; without bounds, claim and verdict (NaN and "") nothing is judged. A label
     may be the regularizer's, and then stands for the legend."""
-    nets = list(dict.fromkeys(rows["net"]))
+    blocks = in_rows(list(dict.fromkeys(rows["net"])))
     shared = ["unit", "low_bound", "high_bound", "claimed"]
     of_axis = [of_one for _, of_one in rows.groupby(shared, sort=False, dropna=False)]
     labels = [of_one.groupby(["label", "net"], sort=False).size().groupby("label", sort=False).max()
               .to_dict() for of_one in of_axis]
-    heights = [0.2 * sum(n + 0.9 for n in lines.values()) for lines in labels]
-    fig, axes = subplots(len(of_axis), len(nets), (full, sum(heights) + 0.75 * len(of_axis) + 0.5),
-                         height_ratios=heights, sharey="row", sharex="row")
-    for i, (of_one, lines) in enumerate(zip(of_axis, labels)):
-        for ax, net in zip(axes[i], nets):
-            chosen = of_one[of_one["net"] == net]
-            if chosen.empty: ax.set_axis_off()
-            else: _effect_panel(ax, chosen, lines)
-    for ax, net in zip(axes[0], nets): ax.set_title(wrapped(net, 24))
+    heights, n = [0.2 * sum(n + 0.9 for n in lines.values()) for lines in labels], len(of_axis)
+    fig, axes = subplots(n * len(blocks), len(blocks[0]), (full, (sum(heights) + 0.75 * n + 0.5) * len(blocks)),
+                         height_ratios=heights * len(blocks), sharey="row", sharex="row")
+    for block, top in zip(blocks, range(0, len(axes), n)):
+        for of_one, lines, row in zip(of_axis, labels, axes[top:top + n]):
+            for ax, net in zip_longest(row, block):
+                chosen = of_one[of_one["net"] == net]
+                if chosen.empty: ax.set_axis_off()
+                else: _effect_panel(ax, chosen, lines)
+        for ax, net in zip(axes[top], block): ax.set_title(heading(net, len(blocks[0])))
+    for i in range(n): same_limits(axes[i::n])
     named = set(rows["label"]) <= set(map(regularizer_label, rows["regularizer"]))
     if not named: regularizer_legend(fig, rows["regularizer"])
     fig.supxlabel(verdict_key(rows["verdict"]), fontsize=8)
