@@ -167,7 +167,7 @@ def _array(content):
         raise ValueError("its header is not as NumPy writes it")   # which would be read as an expression
     shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.kind not in kinds: raise ValueError(f"it holds an array of {dtype}, not of numbers")
-    values = np.frombuffer(content[file.tell():], dtype)
+    values = np.frombuffer(content, dtype, offset=file.tell())
     return values.reshape(shape, order="F" if by_column else "C").copy()
 
 # %% ../../nbs/instruments/records/files.ipynb #b80fb476
@@ -218,7 +218,10 @@ class Npz:
     def __getitem__(self, name):
         if not self._found: return self._member(name)
         member, dtype, names = self._found[name]
-        if member not in self._stacks: self._stacks[member] = dict(zip(names, _stacked(self._member(member), dtype, len(names))))
+        if member not in self._stacks:
+            try: self._stacks[member] = dict(zip(names, _stacked(self._member(member), dtype, len(names))))
+            except DAMAGE as error: self._stacks[member] = str(error)   # and is not decompressed in vain for each name of it
+        if isinstance(self._stacks[member], str): raise ValueError(self._stacks[member])
         return self._stacks[member][name].copy()
 
     def items(self): return ((name, self[name]) for name in self)
