@@ -28,6 +28,7 @@ from pathlib import Path
 
 import yaml
 
+import kernels
 from place import alone, folders, home, open_streams, private
 from repspace import records, vocabulary
 from repspace.records.files import write_text
@@ -131,7 +132,7 @@ def execute(name, source, target, modules):
     start, error = time.monotonic(), None
     try:
         execute_notebook(source, target, cwd=source.parent, prepare=skip_marked, modules=modules, kernel="python3",
-                         timeout=1800)
+                         timeout=1800, manager=kernels.manager_for(source.read_text(encoding="utf-8")))
     except PapermillExecutionError as failure:
         trace = ANSI.sub("", "\n".join(failure.traceback)).splitlines()
         shown = "\n".join((["..."] if len(trace) > 60 else []) + trace[-60:])

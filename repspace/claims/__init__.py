@@ -73,18 +73,18 @@ class Compared(NamedTuple):
 def pairs(recorded):
     """A `Compared` per condition and partner, plain ones too, in the order of the vocabulary within a model."""
     recorded = _of_one_recipe(recorded)
-    runs, samples_of = recorded.runs.sort_values("model", kind="stable"), _samples(recorded)
+    runs, samples_of, shared = recorded.runs.sort_values("model", kind="stable"), _samples(recorded), {}
     for _, group in runs.groupby(_net, sort=False, dropna=False):
         sides = {}
         for text in ordered(group["regularizer"]):
             chosen = group[group["regularizer"] == text]
-            sides[text] = chosen.set_index("seed"), samples_of(chosen)
-        for text, (own, samples) in sides.items():
-            hard, nothing = families.partner(text, sides), (own.head(0), samples.head(0))
+            sides[text] = chosen.set_index("seed"), samples_of(chosen), chosen.iloc[0]
+        for text, (own, samples, first) in sides.items():
+            hard = families.partner(text, sides)
             for other in filter(None, ("none", hard)):
-                partner, partner_samples = sides.get(other, nothing)
-                pair = Pair(own, partner, samples, partner_samples, recorded, {})
-                yield Compared(group[group["regularizer"] == text].iloc[0], pair, other, hard)
+                partner, partner_samples, _ = sides.get(other) or (own.head(0), samples.head(0), None)
+                pair = Pair(own, partner, samples, partner_samples, recorded, {}, shared)
+                yield Compared(first, pair, other, hard)
 
 def _samples(recorded):
     """The function that gives the samples of some runs, with the columns that claims read."""

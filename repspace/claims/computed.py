@@ -31,7 +31,8 @@ def reasons(pair):
     """Parts of the change in success, a row per seed that both runs have: `interventions.WhyRobust` as a DataFrame."""
     if "reasons" not in pair.kept:
         attack, conditions = race(pair), [side["condition"].iloc[0] for side in (pair.partner, pair.runs)]
-        try: pair.kept["reasons"] = interventions.robustness_by_seed(pair.recorded, *conditions, attack)
+        read = {} if pair.shared is None else pair.shared.setdefault("plain runs", {})   # all are set against the same ones
+        try: pair.kept["reasons"] = interventions.robustness_by_seed(pair.recorded, *conditions, attack, read)
         except records.NotKept: pair.kept["reasons"] = None
     if pair.kept["reasons"] is None: raise KeyError("arrays")
     if pair.kept["reasons"].empty: raise KeyError(race(pair))

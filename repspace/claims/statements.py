@@ -87,7 +87,7 @@ class Claim:
 class Pair(NamedTuple):
     """The runs of a condition and of its partner, indexed by seed, their samples, and their records.
 
-    `kept`: what functions of the pair have computed once.
+    `kept`: what functions of the pair have computed once, `shared`: of all pairs of the same records.
     """
     runs: pd.DataFrame
     partner: pd.DataFrame
@@ -95,6 +95,7 @@ class Pair(NamedTuple):
     partner_samples: pd.DataFrame
     recorded: object = None
     kept: dict = {}
+    shared: dict | None = None
 
 def values(measure, pair):
     """One number per seed (Series): the measure on a `Pair`; seeds without one are left out."""
@@ -110,14 +111,24 @@ def values(measure, pair):
 
 # %% ../../nbs/instruments/claims/statements.ipynb #d5e197d3
 def _on_same_images(column, pair):
-    keys, samples = ["seed", "image"], (pair.samples, pair.partner_samples)
+    samples = pair.samples, pair.partner_samples
     if any(s.empty or column not in s for s in samples): raise KeyError(column)
-    if "both right" not in pair.kept:
-        right = [s.loc[s["subset"] & (s["label"] == s["prediction"]), keys].reset_index(names="row") for s in samples]
-        pair.kept["both right"] = right[0].merge(right[1], on=keys, suffixes=("", "_partner"), validate="one_to_one")
-    both = pair.kept["both right"]
-    own, partner = (s.loc[both[row], column].to_numpy() for s, row in zip(samples, ("row", "row_partner")))
-    return pd.Series(own - partner).groupby(both["seed"]).mean()
+    if "both right" not in pair.kept: pair.kept["both right"] = _both_right(samples)
+    seeds, places = pair.kept["both right"]
+    own, partner = (s[column].to_numpy()[at] for s, at in zip(samples, places))
+    return pd.Series(own - partner).groupby(seeds).mean()
+
+def _both_right(samples):
+    """(seeds, places in each) of the published images that are right in both of two tables, in the order of the first."""
+    right = [np.flatnonzero(s["subset"].to_numpy(bool) & (s["label"] == s["prediction"]).to_numpy(bool)) for s in samples]
+    codes = [np.unique(np.concatenate([s[key].to_numpy()[at] for s, at in zip(samples, right)]), return_inverse=True)[1]
+             for key in ("seed", "image")]
+    names = np.split(codes[0] * (codes[1].max(initial=0) + 1) + codes[1], [len(right[0])])   # of a seed and an image, one number
+    if any(len(np.unique(of)) < len(of) for of in names): raise ValueError("an image stands twice among the rows of a run")
+    first, second = np.intersect1d(*names, assume_unique=True, return_indices=True)[1:]
+    order = np.argsort(first)
+    places = [at[of[order]] for at, of in zip(right, (first, second))]
+    return pd.Series(samples[0]["seed"].to_numpy()[places[0]], name="seed"), places
 
 # %% ../../nbs/instruments/claims/statements.ipynb #45285146
 def excluded(claim, text):

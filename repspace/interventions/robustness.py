@@ -114,14 +114,18 @@ def _attack_of(recorded, condition, runs):
     return race_attack(named, sorted({name for run in runs for name in run.moved}))
 
 
-def robustness_by_seed(recorded, plain, regularized, attack=None):
+def robustness_by_seed(recorded, plain, regularized, attack=None, read=None):
     """`why_robust` of each seed that two conditions share: a DataFrame, a row per seed.
 
     `recorded`: a Records or the name of a study. `attack` None: `race_attack` of the plain runs. Seeds whose
-    records have no such attack, as older ones among newer, are left out.
+    records have no such attack, as older ones among newer, are left out. `read`: the plain `Run`s of these records that
+    were read before, {(condition, seed): Run}, to which others are added.
     """
-    recorded = loaded(recorded)
-    pairs = {seed: [attacked_run(recorded, name, seed) for name in (plain, regularized)]
+    recorded, read = loaded(recorded), {} if read is None else read
+    def plain_run(seed):
+        if (plain, seed) not in read: read[plain, seed] = attacked_run(recorded, plain, seed)
+        return read[plain, seed]
+    pairs = {seed: [plain_run(seed), attacked_run(recorded, regularized, seed)]
              for seed in common_seeds(recorded, plain, regularized)}
     name = attack or _attack_of(recorded, plain, [one for one, _ in pairs.values()])
     rows = {seed: why_robust(*pair, name) for seed, pair in pairs.items() if all(name in run.moved for run in pair)}

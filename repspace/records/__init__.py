@@ -181,13 +181,12 @@ class Records(_Tables):
         if self.folders is None:
             raise NotKept("these records know no folder to read arrays from: take those that "
                              "`records.load` returns, or change them by `_replace`")
-        same = (self.runs["condition"] == condition) & (self.runs["seed"] == seed)
-        rows = self.runs.loc[same, ["study", "source", "identity"]]
-        if len(rows) != 1:
-            raise ValueError(f"there are {len(rows)} runs of {condition!r} with seed {seed} in these "
+        at = np.flatnonzero((self.runs["condition"] == condition) & (self.runs["seed"] == seed))
+        if len(at) != 1:
+            raise ValueError(f"there are {len(at)} runs of {condition!r} with seed {seed} in these "
                              f"records; their conditions are {sorted(set(self.runs['condition']))}")
-        row = rows.iloc[0]
-        return _arrays(self.folders, row["study"], condition, seed, row["source"], row["identity"])
+        study, source, identity = (self.runs[name].iloc[at[0]] for name in ("study", "source", "identity"))
+        return _arrays(self.folders, study, condition, seed, source, identity)
 
     def _repr_html_(self):
         hidden = ["settings", "made", "recipe", "history", "curves"]
@@ -237,6 +236,11 @@ def _runs_of(samples):
     """The runs that have rows in `samples`: a set of (condition, seed)."""
     return set(samples[["condition", "seed"]].drop_duplicates().itertuples(index=False, name=None))
 
+def _rows_of(samples, names):
+    """The rows in `samples` of the runs `names`."""
+    if _runs_of(samples) <= set(names): return samples
+    return samples[pd.MultiIndex.from_frame(samples[["condition", "seed"]]).isin(list(names))]
+
 def _published(folders, study, faults):
     """As `_fresh`, of the published records."""
     published = folders.published(study)
@@ -265,7 +269,7 @@ def load(study, source=None, runs=None, results=None):
         rows, samples = (_fresh if kind == "fresh" else _published)(folders, study, faults)
         new = {name: row | {"study": study} for name, row in rows.items() if name not in records}
         if kind == "published":   # in one table, with rows of runs that are taken from elsewhere
-            samples = [table[pd.MultiIndex.from_frame(table[["condition", "seed"]]).isin(list(new))] for table in samples if new]
+            samples = [_rows_of(table, new) for table in samples if new]
         tables += samples
         records |= new
     for fault in faults: log.warning("left out: %s", fault)

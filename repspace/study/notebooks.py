@@ -79,15 +79,15 @@ def _persistently(source, notebook, parameters, failed, **options):
 
 # %% ../../nbs/instruments/study/notebooks.ipynb #807c17fd
 def execute_notebook(source, target, parameters=None, cwd=None, prepare=None, edit=None, modules=(),
-                     kernel=None, timeout=None):
+                     kernel=None, timeout=None, manager=None):
     """Execute the notebook `source` and put the executed copy at `target`, whole or not at all.
 
     `parameters` must all be in its cell tagged `parameters`; the kernel starts in `cwd` (default:
     here). `prepare(notebook)` may change what is executed (cells tagged `skip-execution` are not),
     `edit(notebook)` the copy before it is written. `modules` are imported first. `kernel`: its name
-    (default: the notebook's own); `timeout`: seconds that a cell may take. If a cell fails, what
-    was executed is kept beside `target` as `….failed.ipynb`. `ValueError` where there is no such
-    notebook, parameter or kernel.
+    (default: the notebook's own); `timeout`: seconds that a cell may take; `manager`: the class that
+    starts it (default: Jupyter's). If a cell fails, what was executed is kept beside `target` as
+    `….failed.ipynb`. `ValueError` where there is no such notebook, parameter or kernel.
     """
     import nbformat
     parameters, target, notebook = parameters or {}, Path(target), _read(source)
@@ -96,8 +96,9 @@ def execute_notebook(source, target, parameters=None, cwd=None, prepare=None, ed
     if modules: notebook.cells.insert(notebook.cells[0].cell_type == "markdown", _import_cell(modules))
     target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.with_name(f"{target.stem}.failed.ipynb")
+    managed = {"kernel_manager_class": manager} if manager else {}
     notebook = _persistently(source, notebook, parameters, failed, cwd=cwd and str(cwd),
-                             kernel_name=kernel, execution_timeout=timeout)
+                             kernel_name=kernel, execution_timeout=timeout, **managed)
     for path in ("input_path", "output_path"): notebook.metadata["papermill"].pop(path, None)
     if edit: edit(notebook)
     records.write_file(target, lambda path: nbformat.write(notebook, path))
