@@ -143,6 +143,17 @@ def execute(name, source, target, modules):
     return name, time.monotonic() - start, error
 
 
+# These take longest, and are begun first: else one of them would be left alone at the end, and a core idle.
+LONGEST = ("findings/verdicts", "instruments/study/index", "instruments/study/cluster", "instruments/study/main", "index", "findings/cause",
+           "findings/attacks", "findings/regions", "instruments/claims/sentences", "findings/confidence", "findings/race", "findings/direction",
+           "instruments/measure/index", "instruments/study/jobs", "findings/when", "findings/others", "instruments/attacks/auto", "findings/length")
+
+
+def longest_first(names):
+    """`names` of chapters, those of `LONGEST` in front."""
+    return sorted(names, key=lambda name: LONGEST.index(name) if name in LONGEST else len(LONGEST))
+
+
 def execute_all(books, keys, folder, jobs, log, modules):
     """Execute what has changed; returns name → executed file and how many were executed."""
     targets = {name: folder / f"{name}.{keys[name]}.ipynb" for name in books}
@@ -150,7 +161,7 @@ def execute_all(books, keys, folder, jobs, log, modules):
     with ProcessPoolExecutor(max(1, min(jobs, len(missing))), mp_context=get_context("spawn"),
                              initializer=start_worker, initargs=(log,)) as pool:
         futures = []
-        for name in missing:
+        for name in longest_first(missing):
             futures.append(pool.submit(execute, name, books[name], targets[name], modules))
         for count, future in enumerate(as_completed(futures), 1):
             name, seconds, error = future.result()

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 PROGRAM = Path(__file__).with_name("forks.py")
 PATIENCE = 180   # seconds for the imports
 READING = ("ipykernel.kernelapp", "ipykernel.ipkernel", "IPython.core.completer", "numpy", "pandas", "pyarrow.parquet", "safetensors.numpy", "yaml",
-           "matplotlib.pyplot", "matplotlib.backends.backend_svg", "seaborn", "scipy.stats", "scipy.optimize")
-MEASURING = (*READING, "torch", "torchvision", "sklearn.datasets", "sklearn.model_selection")
+           "matplotlib.pyplot", "matplotlib.backends.backend_svg", "seaborn", "scipy.stats", "scipy.optimize", "sklearn.datasets",
+           "sklearn.model_selection")
+MEASURING = (*READING, "torch", "torchvision")
 
 
 class Lost(OSError):

@@ -47,8 +47,12 @@ def effects(studies, claim_id):
 def with_images(studies, claim_id=None):
     """The `rows` of a claim, or of all, with `images_low` and `images_high` (see `sampling`)."""
     ids = [claim_id] if claim_id else [claim.id for claim in claims.CLAIMS]
-    return one_below_the_other([sampling.with_image_intervals(study.rows(claim_id), study.draws)
-                    for study in studies for claim_id in ids])
+    return one_below_the_other([_with_images(study, claim_id) for study in studies for claim_id in ids])
+
+def _with_images(study, claim_id):
+    if ("images", claim_id) not in study.kept:
+        study.kept["images", claim_id] = sampling.with_image_intervals(study.rows(claim_id), study.draws)
+    return study.kept["images", claim_id]
 
 def table(studies, claim_id, arms=False):
     """Display the rows of a claim, and what `sampling.compared` says of them; `arms`: those of studies that judge no regularizer as well."""

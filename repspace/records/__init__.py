@@ -279,7 +279,8 @@ def load(study, source=None, runs=None, results=None):
         raise ValueError(f"no record of study {study!r} can be read: {faults[0]}")
     if not records: raise no_records(study, folders.runs, folders.results)
     table = pd.DataFrame([records[name] for name in sorted(records)])
-    table = table.astype({"feature_dim": "Int64", "test_images": "Int64"}).copy()   # in one piece: pandas is slow with many
+    whole = {name: table[name].astype("Int64") for name in ("feature_dim", "test_images")}
+    table = table.assign(**whole).copy()   # in one piece: pandas is slow with many
     samples = pd.concat(tables).sort_values(["condition", "seed"], kind="stable", ignore_index=True)
     samples = first_columns(samples, "condition", "seed")
     return Records(table, samples, folders)
