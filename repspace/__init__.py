@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-_AUDITING = ("Audit", "audit")   # from `repspace.auditing`, which imports torch: once they are asked for
+_AUDITING = ("Audit", "Probe", "audit", "compare")   # from `repspace.auditing`, which imports torch: once they are asked for
 
 
 def __getattr__(name):

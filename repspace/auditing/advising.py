@@ -26,6 +26,7 @@ _confidence = "the chapter Confidence, q-overshoot", "findings/confidence.ipynb#
 _regions = "the claim cones, the chapter Regions", "findings/verdicts.ipynb#rows-cones"
 _attacks = "the chapter Attacks, q-strength", "findings/attacks.ipynb#q-strength"
 
+def _miscalibrated(ece, floor): return ece.mean > floor.high and ece.mean > floor.mean + GAP   # more than chance, and enough to matter
 def _points(value): return number(abs(value), "points")
 def _spread(i, unit=""): return f"{number(i.mean, unit)} ({number(i.low, unit)} to {number(i.high, unit)})"
 def _known(*intervals): return all(i is not None and not math.isnan(i.mean) for i in intervals)
@@ -43,12 +44,12 @@ def on_chance(audit):
 def on_confidence(audit):
     """Over- or underconfident, neither, or open; and what one temperature does about it."""
     gap, T, before, after, floor = map(audit.value, ("confidence_gap", "temperature", "ece", "ece_temperature", "ece_floor"))
-    errors = f"ECE is {_spread(before)}, and {_spread(after)} with one temperature; {number(floor.mean)} would be chance"
+    errors = f"ECE is {_spread(before)}, and {_spread(after)} with one temperature; by chance it would be {number(floor.mean)}"
     if gap.low <= -GAP and gap.high >= GAP or not (gap.low > GAP or gap.high < -GAP or (gap.low >= -GAP and gap.high <= GAP)):
         return Advice(f"Judge confidence on more images: {audit.facts['images']} leave open whether it is too high or too low",
                       f"mean confidence − accuracy is {_spread(gap, 'points')}; {errors}", *_confidence)
     if gap.low >= -GAP and gap.high <= GAP:
-        if before.low > GAP:
+        if _miscalibrated(before, floor):
             return Advice("Look at the reliability diagram: confidence is right in the mean and wrong by bin", errors, *_confidence)
         return Advice("Leave the logits as they are: confidence and accuracy agree", f"they are {_points(gap.mean)} apart; {errors}", *_confidence)
     over = gap.low > GAP
@@ -59,12 +60,12 @@ def on_confidence(audit):
 
 def on_temperature(audit):
     """Where one temperature is not enough, or has no minimum."""
-    after, T = map(audit.value, ("ece_temperature", "temperature"))
+    after, floor, T = map(audit.value, ("ece_temperature", "ece_floor_temperature", "temperature"))
     if audit.facts.get("temperature_at_bound"):
         return Advice("Do not use the temperature: the likelihood has no minimum between .01 and 100",
                       f"it ends at {T.mean:.3g}, as where all images are right, or confidence says nothing", *_confidence)
-    if not after.low > GAP: return None
-    return Advice("Use more than one temperature", f"ECE stays at {_spread(after)} with it, and not within a point of 0",
+    if not _miscalibrated(after, floor): return None
+    return Advice("Use more than one temperature", f"ECE stays at {_spread(after)} with it, and by chance it would be {_spread(floor)}",
                   "the claim calibration", "findings/verdicts.ipynb#rows-calibration")
 
 # %% ../../nbs/instruments/auditing/advising.ipynb #b7bba4d9

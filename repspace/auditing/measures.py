@@ -30,7 +30,7 @@ def vectors(gathered):
     sample, W, b = gathered.sample.sorted(), gathered.weight, gathered.bias
     z, labels = sample["features"], gathered.scalars["label"][sample["index"]]
     radius = float(np.median(gathered.scalars["span_norm"][sample["index"]]))
-    centers, basis = geometry.class_centers(W, b, radius).centers, geometry.span_basis(W)
+    centers, basis = geometry.class_centers(W, b, radius).centers, gathered.basis.numpy()
     def one(z, y):
         rays, span = geometry.ray_interval(W, b, z.astype(float)), z.astype(float) @ basis.T
         return (geometry.alignment(z.astype(float), centers, y), geometry.alignment(span, centers @ basis.T, y),
@@ -38,8 +38,8 @@ def vectors(gathered):
     columns = dict(zip(("cos_label", "cos_label_span", "apex_gap", "open"), _by_blocks(one, z, labels)))
     return pd.DataFrame(columns, index=sample["index"]), radius
 
-# %% ../../nbs/instruments/auditing/measures.ipynb #70468a2b
-COLLAPSE = ("nc_within", "nc_angle_excess", "nc_duality", "nc_4", "nc_cdnv")
+# %% ../../nbs/instruments/auditing/measures.ipynb #f707e997
+COLLAPSE = ("nc_within", "nc_angle_excess", "nc_duality", "nc_4")
 
 def collapse(gathered):
     """{name of COLLAPSE: value} of the sampled vectors; ValueError for a class with fewer than 2 of them."""
@@ -50,8 +50,7 @@ def collapse(gathered):
         raise ValueError(f"class {count.argmin()} has {count.min()} of {len(y)} images, and each class needs 2")
     z, found = sample["features"], geometry.neural_collapse(sample["features"], y, W)
     means = geometry.class_means(z, y, len(W))
-    return dict(zip(COLLAPSE, (found.within, found.angle_excess, found.duality,
-                               geometry.nearest_mean_mismatch(z, guessed, means), geometry.class_distance_variance(z, y, means))))
+    return dict(zip(COLLAPSE, (found.within, found.angle_excess, found.duality, geometry.nearest_mean_mismatch(z, guessed, means))))
 
 # %% ../../nbs/instruments/auditing/measures.ipynb #848a2820
 class Images(NamedTuple):
@@ -62,11 +61,12 @@ class Images(NamedTuple):
     notes: dict
 
 def _floor(confidence, draws=200, seed=0):
-    """`calibration.calibration_floor`, of confidences alone."""
+    """`calibration.calibration_floor`, of confidences alone, and the ends that 95 % of its draws lie between."""
     _, bins = in_bins(np.minimum(confidence, 1), 15, "width")
     rng, expected = np.random.default_rng(seed), np.bincount(bins, weights=confidence)
     drawn = [np.bincount(bins, weights=rng.random(len(bins)) < confidence) for _ in range(draws)]
-    return float(np.abs(np.array(drawn) - expected).sum(1).mean() / len(bins))
+    errors = np.abs(np.array(drawn) - expected).sum(1) / len(bins)
+    return float(errors.mean()), *map(float, np.quantile(errors, [.025, .975]))
 
 def images(gathered, seed=0):
     """`Images` of what was `Gathered`; ValueError for fewer than 2 images, or images of one class only."""
@@ -78,7 +78,8 @@ def images(gathered, seed=0):
     T = scaled(gathered.logits.array(), y, seed)
     samples = pd.DataFrame(given | {"confidence_scaled": T.confidence, "nll_scaled": T.nll})
     facts = {"images": len(y), "classes": K, "classes_seen": len(np.unique(y)), "features": len(gathered.sample.keys), "temperature_at_bound": T.at_bound}
-    alone = {"temperature": (T.temperature, T.low, T.high), "ece_floor": (_floor(given["confidence"], seed=seed), np.nan, np.nan)}
+    alone = {"temperature": (T.temperature, T.low, T.high), "ece_floor": _floor(given["confidence"], seed=seed),
+             "ece_floor_temperature": _floor(T.confidence, seed=seed)}
     notes, sampled = {}, gathered.sample.rows.get("features")
     if sampled is not None: facts["dimension"] = sampled.shape[1]
     if gathered.weight is None: notes["vectors"] = "the head is not known: nothing can be said of the span, of angles and of regions"
@@ -133,6 +134,7 @@ MEASURES = [
     Measure("ece", "calibration", "expected calibration error, 15 bins", _seen, _error("confidence")),
     Measure("ece_floor", "calibration", "what that would be by chance, were the probabilities true", _seen),
     Measure("ece_temperature", "calibration", "expected calibration error with one temperature, cross-fitted", _seen, _error("confidence_scaled")),
+    Measure("ece_floor_temperature", "calibration", "what that would be by chance", _seen),
     Measure("temperature", "calibration", "that temperature: logits are divided by it", _seen),
     Measure("rms", "vectors", "length ‖z‖/√d", ("norm",), lambda t, f: mean(t["norm"] / f["dimension"] ** .5)),
     Measure("span_norm", "vectors", "length ‖Pz‖ of the part that softmax sees", ("span_norm",), _mean("span_norm")),
@@ -146,7 +148,7 @@ MEASURES = [
     Measure("no_bias_accuracy", "regions", "accuracy without biases", ("unbiased",), lambda t, f: mean(t["unbiased"] == t["label"])),
     *(Measure(name, "collapse", words) for name, words in zip(COLLAPSE, (
         "NC1, variability within classes over that between", "NC2, distance of the angles of class means from a simplex", "NC3, distance of weights from class means",
-        "NC4, share whose nearest class mean is not the prediction", "class-distance normalized variance"))),
+        "NC4, share whose nearest class mean is not the prediction"))),
     Measure("success_pgd", "attack", "share of the images classified correctly that PGD breaks at the limit", ("breaks_pgd",),
             lambda t, f: share(t["breaks_pgd"] <= f["attack"] * (1 + 1e-9), t["breaks_pgd"] > 0)),
     Measure("robust_accuracy_pgd", "attack", "accuracy under PGD at the limit", ("breaks_pgd",),

@@ -35,7 +35,7 @@ def calibration_error(confidence, correct):
     """`calibration.binned_error`, with the bins of ECE."""
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     def of(counts): return binned_error(confidence, correct, weights=counts)
-    of.biased, of.least = True, 0.0
+    of.biased = True
     return of
 
 def auroc(score, positive):
@@ -73,8 +73,8 @@ def intervals(statistics, n, draws=1000, seed=0, level=0.95):
         for name, of in statistics.items(): drawn[name].append(of(counts))
     ends = {name: _ends(np.concatenate(parts) if parts else np.empty(0), level) for name, parts in drawn.items()}
     for name, of in statistics.items():
-        if getattr(of, "biased", False): ends[name] = tuple(2 * values[name] - end for end in reversed(ends[name]))
-        if getattr(of, "least", None) is not None: ends[name] = tuple(max(end, of.least) for end in ends[name])
+        if getattr(of, "biased", False) and drawn[name]:
+            ends[name] = tuple(end + values[name] - np.nanmean(np.concatenate(drawn[name])) for end in ends[name])
     return {name: (value, *ends[name]) for name, value in values.items()}
 
 def _ends(drawn, level):

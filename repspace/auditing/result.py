@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 import repspace
-from .. import records
 from ..calibration.estimators import binned
 from ..stats import Interval
 from ..text import number, visible
@@ -111,8 +110,7 @@ class Audit:
 
     def to_html(self, path=None):
         """The audit as one HTML file that loads nothing: written to `path`, or returned as text where that is None."""
-        text = page.whole(f"Audit of {self.name}", page.fragment(self))
-        return text if path is None else records.write_text(path, text)
+        return page.written(path, page.whole(f"Audit of {self.name}", page.fragment(self)))
 
     def to_json(self, path=None):
         """The audit as JSON: written to `path`, or returned as text where that is None.
@@ -124,8 +122,7 @@ class Audit:
         content = {"schema": SCHEMA, "repspace": repspace.__version__, "name": self.name, "facts": self.facts, "notes": self.notes,
                    "table": table.to_dict("list"), "samples": self.samples.to_dict("list"), "masking": masking,
                    "advice": [a._asdict() for a in self.advice], "unknown": self.unknown}
-        text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
-        return text if path is None else records.write_text(path, text)
+        return page.written(path, json.dumps(_plain(content), ensure_ascii=False, allow_nan=False))
 
     @classmethod
     def from_json(cls, text):
