@@ -31,9 +31,12 @@ ROOMS = {
     "figures": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "claims"),
     "findings": ("vocabulary", "arrays", "stats", "calibration", "geometry", "records", "study", "interventions",
                  "claims", "figures"),   # of study: by which code, `provenance`
+    "auditing": ("text", "vocabulary", "arrays", "stats", "calibration", "geometry", "data", "models", "attacks", "records",
+                 "interventions", "claims"),
+    "__main__": ("study", "auditing", "Audit", "audit", "compare"),   # the command line; the last three are names of auditing
 }
 # What only measures may import PyTorch; what reads must not, and neither must what checks a study's YAML.
-MEASURING = {"data", "models", "regularize", "attacks", "corruptions", "train", "measure"}
+MEASURING = {"data", "models", "regularize", "attacks", "corruptions", "train", "measure", "auditing"}
 
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py" and p != PACKAGE / "__init__.py")
 
