@@ -6,7 +6,7 @@
 __all__ = ['statistic', 'Rows', 'Draws', 'with_image_intervals', 'half_widths', 'compared']
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #d53ce534
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -62,6 +62,11 @@ def statistic(column, run, rows, counts, reference=None):
 
 # %% ../../nbs/instruments/claims/sampling.ipynb #fd9ae3f5
 _digits = 1797
+
+@lru_cache(maxsize=4)
+def _counts_of(n, n_draws, seed, by_itself):
+    """How often each of `n` images is drawn, (n_draws, n): the same for all studies that draw from as many."""
+    return stats.bootstrap_counts(n, n_draws, np.random.SeedSequence([seed, n, by_itself]))
 
 @cache
 def _labels():
@@ -153,7 +158,7 @@ class Draws:
         if (data, by_itself) not in self._drawn:
             joint = not self.same_images and not by_itself
             n = _digits if joint else int(max(rows["image"].max() for rows in self.rows.values())) + 1
-            self._drawn[data, by_itself] = stats.bootstrap_counts(n, self.n_draws, np.random.SeedSequence([self.seed, n, by_itself]))
+            self._drawn[data, by_itself] = _counts_of(n, self.n_draws, self.seed, by_itself)
         return self._drawn[data, by_itself]
 
     def scalar(self, column, condition, seed):

@@ -92,7 +92,8 @@ def effects(studies, claim_id):
 
 def _one(table, net, target, hold):
     """The effect of an arm against plain training, by seed; of several scales that nearest to `families.own_scale`. None without."""
-    rows = table[(table["net"] == net) & (table["target"] == target) & (table["hold"] == hold) & (table["partner"] == "none")]
+    wanted = {"net": net, "target": target, "hold": hold, "partner": "none"}
+    rows = table[np.logical_and.reduce([table[name].to_numpy() == value for name, value in wanted.items()])]
     if rows.empty: return None
     return rows.iloc[(np.log(rows["x"]) - np.log(families.own_scale)).abs().argmin() if hold else 0]
 

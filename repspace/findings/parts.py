@@ -26,7 +26,7 @@ PARTS = {"confidence": ["rescale", "realign"], "success": ["margin", "displaceme
 
 def _split(plain, regularized):
     """Parts of the change of mean confidence and of PGD's success between two runs, {(effect, part): value}."""
-    confidence = interventions.confidence_effect(plain, regularized, "logits").loc["confidence"]
+    confidence = interventions.confidence_effect(plain, regularized, "logits", measures=["confidence"]).loc["confidence"]
     found = {("confidence", part): value for part, value in confidence.items()}
     if "pgd" not in plain.moved or "pgd" not in regularized.moved: return found
     return found | {("success", part): value for part, value in interventions.success_effect(plain, regularized, "pgd")._asdict().items()}

@@ -147,8 +147,8 @@ def _mean_confidence(logits, labels):
 _judges = {"confidence": _mean_confidence, "nll": partial(calibration.nll, from_logits=True)}
 
 
-def confidence_effect(plain, regularized, scale="features", fewest=5):
-    """Rows confidence and nll, columns rescale, realign, rest and effect, from two `Run`s.
+def confidence_effect(plain, regularized, scale="features", fewest=5, measures=tuple(_judges)):
+    """Rows confidence and nll, or those of `measures`, columns rescale, realign, rest and effect, from two `Run`s.
 
     The first three add up to the effect. Over the images that both have, from the first. ValueError
     if there are none, or if they are not the same.
@@ -159,7 +159,8 @@ def confidence_effect(plain, regularized, scale="features", fewest=5):
         raise ValueError("the runs must have the same images, at least one, but "
                          + ("their labels differ" if n else "one has none"))
     four, rows = intervene(plain, regularized, scale, fewest), {}
-    for name, judge in _judges.items():
+    for name in measures:
+        judge = _judges[name]
         values = [judge(logits, plain.labels) for logits in four[:4]]
         parts = stats.shapley(np.array([[values[0], values[2]], [values[1], values[3]]]))
         effect = judge(regularized.logits, regularized.labels) - values[0]
