@@ -127,5 +127,7 @@ def unknown(audit):
         said.append(f"Of {facts['classes']} classes, {facts['classes'] - facts['classes_seen']} have no image here.")
     if 0 < facts["features"] < facts["images"]:
         said.append(f"Angles, rays and collapse rest on {facts['features']} of the {facts['images']} images, drawn at random.")
+    if facts.get("collapse_classes", facts["classes"]) < facts["classes"]:
+        said.append(f"Neural collapse is that of {facts['collapse_classes']} classes, those with at least two sampled images.")
     return [*said, "Intervals are over images from the same source: neither another seed of training nor other data are in them.",
             "Whether another regularizer would have been better, one net does not tell: train both ways, with several seeds."]

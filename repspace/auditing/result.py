@@ -34,7 +34,7 @@ def table(images, nets, draws=1000, seed=0):
     return pd.DataFrame.from_dict(rows, "index", columns=COLUMNS).rename_axis("measure")
 
 def _count(measure, samples, facts):
-    if measure.part == "collapse": return facts["features"]
+    if measure.part == "collapse": return facts["collapse_images"]
     return int(samples[list(measure.reads)].notna().all(axis=1).sum())
 
 # %% ../../nbs/instruments/auditing/result.ipynb #871dbfe1
