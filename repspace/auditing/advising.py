@@ -109,7 +109,7 @@ def on_attack(audit):
     rests = "the claim robustness", "findings/verdicts.ipynb#rows-robustness"
     if found: return found
     if success.low > 0.5: return [Advice("Do not rely on it against attacks: most images break", at, *rests)]
-    return [Advice("Hold it against stronger attacks before you call it robust (attacks.auto_attack)", f"{at}, and no sign of masking was seen: an upper bound of robustness, and no proof", *rests)]
+    return [Advice("Hold it against stronger attacks before you call it robust (attacks.auto_attack)", f"{at}, and no sign of masking was seen: that bounds its robustness from above, and proves none", *rests)]
 
 # %% ../../nbs/instruments/auditing/advising.ipynb #aec60d91
 def advice(audit):

@@ -26,8 +26,9 @@ def _by_blocks(function, *arrays, size=1000):
 def vectors(gathered):
     """Of the sampled images: a DataFrame by image of `cos_label`, `cos_label_span`, `apex_gap`, `open`; and the radius.
 
-    ValueError where the head has no centers, as with equal rows."""
+    ValueError where the head has no centers, as with equal rows, or no vector has a length."""
     sample, W, b = gathered.sample.sorted(), gathered.weight, gathered.bias
+    if not len(gathered.basis): raise ValueError("all rows of the head's weight are equal, so that no vector has a direction that matters")
     z, labels = sample["features"], gathered.scalars["label"][sample["index"]]
     radius = float(np.median(gathered.scalars["span_norm"][sample["index"]]))
     centers, basis = geometry.class_centers(W, b, radius).centers, gathered.basis.numpy()

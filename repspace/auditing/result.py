@@ -106,7 +106,7 @@ class Audit:
         return "\n".join([f"Audit of {visible(self.name)}: {self.facts['images']} images, {self.facts['classes']} classes", *rows,
                           *(f"- {a.what}: {a.because}" for a in self.advice)])
 
-    def _repr_html_(self): return page.fragment(self)
+    def _repr_html_(self): return page.lowered(page.fragment(self))
 
     def to_html(self, path=None):
         """The audit as one HTML file that loads nothing: written to `path`, or returned as text where that is None."""
