@@ -59,7 +59,7 @@ def diagram(reliability):
     ticks = "".join(f'<text x="{40 + 300 * v}" y="338" text-anchor="middle">{v}</text><text x="34" y="{324 - 300 * v}" text-anchor="end">{v}</text>' for v in (0, .5, 1))
     return (f'<figure><svg viewBox="0 0 360 360" role="img" aria-label="Accuracy by confidence: bars that end on the line are calibrated"><g class="bars">{bars}</g>'
             f'<path d="M40 320L340 20M40 20V320H340"/>{ticks}<text x="190" y="356" text-anchor="middle">confidence</text></svg>'
-            "<figcaption>Accuracy by confidence. On the line both agree; below it the model is overconfident. Darker bars hold more images.</figcaption></figure>")
+            "<figcaption>Accuracy by confidence. On the line both agree; below it the model is overconfident. The stronger its color, the more images a bar holds.</figcaption></figure>")
 
 # %% ../../nbs/instruments/auditing/page.ipynb #54cf7d61
 STYLE = """:root{color-scheme:light dark;--text:#1c2024;--page:#fff;--line:#ccd2d8;--soft:#5a636b;--bar:#0072b2}
