@@ -57,7 +57,7 @@ def _audit_arguments(words):
 def _audit(words):
     given = _audit_arguments(words)
     import torch
-    from repspace import audit
+    from repspace.auditing import audit
     from repspace.auditing import loading
     sys.path.insert(0, "")   # as `python -m` has it: modules of the working directory
     try:
@@ -79,7 +79,7 @@ def _compare(words):
     for name in ("a", "b"): p.add_argument(name, metavar=f"{name.upper()}.json", help="an audit that --json wrote")
     p.add_argument("--html", metavar="FILE", help="write a page")
     given = p.parse_args(words)
-    from repspace import Audit, compare
+    from repspace.auditing import Audit, compare
     try: both = [Audit.from_json(path) for path in (given.a, given.b)]
     except ValueError as error: raise Wrong(error) from error
     found = compare(*both)

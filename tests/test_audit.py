@@ -265,6 +265,13 @@ def test_data_that_are_refused(change, words, net, digits):
         repspace.audit(net, change(*digits.test), **QUIET)
 
 
+def test_a_head_of_zeros_says_why_it_has_no_angles(digits):
+    empty = two_layers()
+    nn.init.zeros_(empty[4].weight)
+    found = repspace.audit(empty, digits.test, **QUIET)
+    assert any("all rows of the head's weight are equal" in line for line in found.unknown) and "ece" in found.table.index and found.to_html()
+
+
 @pytest.mark.parametrize("eps", [8, 0, -0.1, "8/255", True, math.nan])
 def test_limits_that_are_refused(eps, net, digits):
     with pytest.raises(ValueError, match="as 8/255"):
@@ -478,6 +485,7 @@ def test_architectures_with_random_weights(name):
     import torchvision
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=10, **({"init_weights": False} if name == "googlenet" else {}))
+    if name.startswith("vit"): nn.init.normal_(model.heads.head.weight, std=0.02)   # torchvision's are all 0
     x, y = torch.rand(12, 3, 224, 224), torch.arange(12) % 10
     found = repspace.audit(model, (x, y), batch_size=6, **QUIET)
     assert found.facts["images"] == 12 and {"ece", "alignment_span", "cone_degree_test"} <= set(found.table.index), found.notes

@@ -33,7 +33,7 @@ ROOMS = {
                  "claims", "figures"),   # of study: by which code, `provenance`
     "auditing": ("text", "vocabulary", "arrays", "stats", "calibration", "geometry", "data", "models", "attacks", "records",
                  "interventions", "claims"),
-    "__main__": ("study", "auditing", "Audit", "audit", "compare"),   # the command line; the last three are names of auditing
+    "__main__": ("study", "auditing"),   # the command line
 }
 # What only measures may import PyTorch; what reads must not, and neither must what checks a study's YAML.
 MEASURING = {"data", "models", "regularize", "attacks", "corruptions", "train", "measure", "auditing"}

@@ -109,7 +109,7 @@ def on_attack(audit):
     rests = "the claim robustness", "findings/verdicts.ipynb#rows-robustness"
     if found: return found
     if success.low > 0.5: return [Advice("Do not rely on it against attacks: most images break", at, *rests)]
-    return [Advice("Hold it against stronger attacks before you call it robust (attacks.auto_attack)", f"{at}, and no sign of masking was seen: an upper bound of robustness, and no proof", *rests)]
+    return [Advice("Hold it against stronger attacks before you call it robust (attacks.auto_attack)", f"{at}, and no sign of masking was seen: that bounds its robustness from above, and proves none", *rests)]
 
 # %% ../../nbs/instruments/auditing/advising.ipynb #aec60d91
 def advice(audit):
@@ -127,5 +127,7 @@ def unknown(audit):
         said.append(f"Of {facts['classes']} classes, {facts['classes'] - facts['classes_seen']} have no image here.")
     if 0 < facts["features"] < facts["images"]:
         said.append(f"Angles, rays and collapse rest on {facts['features']} of the {facts['images']} images, drawn at random.")
+    if facts.get("collapse_classes", facts["classes"]) < facts["classes"]:
+        said.append(f"Neural collapse is that of {facts['collapse_classes']} classes, those with at least two sampled images.")
     return [*said, "Intervals are over images from the same source: neither another seed of training nor other data are in them.",
             "Whether another regularizer would have been better, one net does not tell: train both ways, with several seeds."]

@@ -86,7 +86,9 @@ class Comparison:
     def __repr__(self):
         return "\n".join([f"Comparison of {visible(self.a)} (a) and {visible(self.b)} (b)", *(f"- {line}" for line in self.answers)])
 
-    def _repr_html_(self):
+    def _repr_html_(self): return page.lowered(self._fragment())
+
+    def _fragment(self):
         said = "".join(f"<li>{page.shown(line)}</li>" for line in self.answers)
         rows = "".join(f'<tr><th scope="row">{page.shown(capital(r.words))}<br><code>{page.shown(r.Index)}</code></th><td>{number(r.a)}</td><td>{number(r.b)}</td>'
                        f"<td>{page.between(r.difference, r.low, r.high)}</td><td>{r.n}</td></tr>" for r in self.table.itertuples())
@@ -95,7 +97,7 @@ class Comparison:
 
     def to_html(self, path=None):
         """The comparison as one HTML file that loads nothing: written to `path`, or returned as text where that is None."""
-        return page.written(path, page.whole(f"{self.a} and {self.b}", self._repr_html_()))
+        return page.written(path, page.whole(f"{self.a} and {self.b}", self._fragment()))
 
 def compare(a, b, draws=1000, seed=0):
     """Two audits of the same images in the same order, paired by image → `Comparison`; differences are b − a.

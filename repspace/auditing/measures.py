@@ -26,8 +26,9 @@ def _by_blocks(function, *arrays, size=1000):
 def vectors(gathered):
     """Of the sampled images: a DataFrame by image of `cos_label`, `cos_label_span`, `apex_gap`, `open`; and the radius.
 
-    ValueError where the head has no centers, as with equal rows."""
+    ValueError where the head has no centers, as with equal rows, or no vector has a length."""
     sample, W, b = gathered.sample.sorted(), gathered.weight, gathered.bias
+    if not len(gathered.basis): raise ValueError("all rows of the head's weight are equal, so that no vector has a direction that matters")
     z, labels = sample["features"], gathered.scalars["label"][sample["index"]]
     radius = float(np.median(gathered.scalars["span_norm"][sample["index"]]))
     centers, basis = geometry.class_centers(W, b, radius).centers, gathered.basis.numpy()
@@ -38,19 +39,26 @@ def vectors(gathered):
     columns = dict(zip(("cos_label", "cos_label_span", "apex_gap", "open"), _by_blocks(one, z, labels)))
     return pd.DataFrame(columns, index=sample["index"]), radius
 
-# %% ../../nbs/instruments/auditing/measures.ipynb #f707e997
-COLLAPSE = ("nc_within", "nc_angle_excess", "nc_duality", "nc_4")
+# %% ../../nbs/instruments/auditing/measures.ipynb #228dc80a
+COLLAPSE, _MOST = ("nc_within", "nc_angle_excess", "nc_duality", "nc_4"), 10 ** 7   # numbers
 
 def collapse(gathered):
-    """{name of COLLAPSE: value} of the sampled vectors; ValueError for a class with fewer than 2 of them."""
-    sample, W = gathered.sample.sorted(), gathered.weight
-    y, guessed = (gathered.scalars[name][sample["index"]] for name in ("label", "prediction"))
-    count = np.bincount(y, minlength=len(W))
-    if count.min() < 2:
-        raise ValueError(f"class {count.argmin()} has {count.min()} of {len(y)} images, and each class needs 2")
-    z, found = sample["features"], geometry.neural_collapse(sample["features"], y, W)
-    means = geometry.class_means(z, y, len(W))
-    return dict(zip(COLLAPSE, (found.within, found.angle_excess, found.duality, geometry.nearest_mean_mismatch(z, guessed, means))))
+    """({name of COLLAPSE: value}, on how many images, of how many classes), of the sampled vectors of classes with 2 of them or more.
+
+    ValueError where fewer than 3 classes have as many."""
+    sample, few = gathered.sample.sorted(), max(1000, _MOST // gathered.weight.shape[1])
+    rows = np.sort(np.argsort(gathered.sample.keys)[:few])   # the smallest keys are a sample of the sample
+    y, guessed = (gathered.scalars[name][sample["index"][rows]] for name in ("label", "prediction"))
+    count = np.bincount(y, minlength=len(gathered.weight))
+    classes = np.flatnonzero(count > 1)
+    if len(classes) < 3:
+        raise ValueError(f"of {len(rows)} images, {len(classes)} classes have 2 or more, and 3 such classes are needed")
+    inside = np.isin(y, classes)
+    z, y, guessed = sample["features"][rows[inside]].astype(float), np.searchsorted(classes, y[inside]), guessed[inside]
+    found, means = geometry.neural_collapse(z, y, gathered.weight[classes]), geometry.class_means(z, y, len(classes))
+    known = np.isin(guessed, classes)
+    mismatch = geometry.nearest_mean_mismatch(z[known], np.searchsorted(classes, guessed[known]), means) if known.any() else np.nan
+    return dict(zip(COLLAPSE, (found.within, found.angle_excess, found.duality, mismatch))), len(y), len(classes)
 
 # %% ../../nbs/instruments/auditing/measures.ipynb #848a2820
 class Images(NamedTuple):
@@ -97,8 +105,9 @@ def _with_vectors(gathered, samples, facts, alone, notes):
     return samples.join(found)
 
 def _with_collapse(gathered, samples, facts, alone, notes):
-    try: alone |= {name: (value, np.nan, np.nan) for name, value in collapse(gathered).items()}
+    try: found, facts["collapse_images"], facts["collapse_classes"] = collapse(gathered)
     except ValueError as error: notes["collapse"] = f"neural collapse: {error}"
+    else: alone |= {name: (value, np.nan, np.nan) for name, value in found.items()}
     return samples
 
 # %% ../../nbs/instruments/auditing/measures.ipynb #e5ec97ec

@@ -34,7 +34,7 @@ def table(images, nets, draws=1000, seed=0):
     return pd.DataFrame.from_dict(rows, "index", columns=COLUMNS).rename_axis("measure")
 
 def _count(measure, samples, facts):
-    if measure.part == "collapse": return facts["features"]
+    if measure.part == "collapse": return facts["collapse_images"]
     return int(samples[list(measure.reads)].notna().all(axis=1).sum())
 
 # %% ../../nbs/instruments/auditing/result.ipynb #871dbfe1
@@ -106,7 +106,7 @@ class Audit:
         return "\n".join([f"Audit of {visible(self.name)}: {self.facts['images']} images, {self.facts['classes']} classes", *rows,
                           *(f"- {a.what}: {a.because}" for a in self.advice)])
 
-    def _repr_html_(self): return page.fragment(self)
+    def _repr_html_(self): return page.lowered(page.fragment(self))
 
     def to_html(self, path=None):
         """The audit as one HTML file that loads nothing: written to `path`, or returned as text where that is None."""

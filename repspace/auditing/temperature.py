@@ -59,7 +59,7 @@ def _interval(logits, labels, T):
     slope, curvature = _score(logits, labels, np.arange(len(labels)), 1 / T)
     if not curvature.mean() > 0: return np.nan, np.nan
     error = 1.96 * np.sqrt((slope ** 2).mean() / len(slope)) / curvature.mean() * T   # of log α
-    return T * np.exp(-error), T * np.exp(error)
+    with np.errstate(over="ignore"): return T * np.exp(-error), T * np.exp(error)
 
 def scaled(logits, labels, seed=0):
     """One temperature for `logits` (N, K), each row with its largest at 0, and `labels` (N,) → Scaled.
