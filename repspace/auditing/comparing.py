@@ -80,7 +80,7 @@ class Comparison:
             if d is None or math.isnan(d.low): continue
             size = f"{number(d.mean, signed=True)} ({number(d.low, signed=True)} to {number(d.high, signed=True)}), b − a"
             if d.low <= 0 <= d.high: said.append(f"Which is {words}, these images do not tell: {size}.")
-            else: said.append(f"{visible(self.b if d.mean * sign > 0 else self.a)} is {words}: {size}.")
+            else: said.append(f"{visible(self.b)} (b) is {words}: {size}." if d.mean * sign > 0 else f"{visible(self.a)} (a) is {words}: {size}.")
         return said
 
     def __repr__(self):
