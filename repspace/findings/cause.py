@@ -293,7 +293,8 @@ def cause(studies):
     held = list(dict.fromkeys(tables["accuracy"]["net"][tables["accuracy"]["hold"] != ""])) if len(tables["accuracy"]) else []
     details = [text for say in (cause_sentences, beyond_sentences) for net in held for text in say(tables, net)]
     details += [text for net in nets(studies) for text in record_sentences(net)]
-    said = [f"{text}." for text in [*in_brief(tables), *records_in_brief(nets(studies))]]
+    everywhere = "on every net" + " that was trained so" * (len(held) < len(nets(studies)))
+    said = [f"{text}." for text in [*(text.replace("on every net", everywhere) for text in in_brief(tables)), *records_in_brief(nets(studies))]]
     if not details: return None
     if held and not said: said.append("No held net here tells what share of label smoothing's effects follows from its length.")
     if not held: said.append("No net here was trained with its length held; digits-cause and cifar10-cause would tell what that does.")

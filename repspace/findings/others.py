@@ -86,7 +86,7 @@ def gist_of_scale(table):
     told = by_sign(alike, {name: f"images withstand {words} {{who}} ({{size}})" for name, words in _limits.items()}, quantities["log2_break"][1], absolute=False)
     left = of.loc[~of["regularizer"].isin(alike["regularizer"]), "regularizer"].unique()
     rest = f"{named(left, left)} it depends on the net, or is not known everywhere" if len(left) else ""
-    told = f"on every net {told}" if told and of["net"].nunique() > 1 else told
+    told = f"on every net that was trained so {told}" if told and of["net"].nunique() > 1 else told
     return f"Compared with logits held at the same length: {'; '.join(filter(None, [told, rest]))}."
 
 _limits = {"below": "smaller limits", "above": "larger limits", "neither": "about the same limits"}
