@@ -15,6 +15,7 @@ FOUND = {
     "raw=245": "TypeError of what pandas noted in a Parquet file", "raw=546": "TypeError of the same",
     "raw=370": "MemoryError of an npy header, an expression", "images=137": "7 s, and half a GB, for a PNG of 13000 × 13000 pixels",
     "tensors=569": "a message of 5215 letters",
+    "published=11079": "TypeError of a column of conditions that are numbers",
     "published=10449": "5 s, for a stack of arrays that was decompressed for each of its names",
 }
 

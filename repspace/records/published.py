@@ -68,7 +68,8 @@ def _rows(content):
     samples[["condition", "seed", "image"]]   # a table without them is none
     if samples["seed"].dtype.kind not in "iu": raise ValueError("its seeds are no whole numbers")
     halves = [name for name, dtype in samples.dtypes.items() if dtype == np.float16]
-    return samples.assign(**{name: samples[name].astype(np.float32) for name in halves}, condition=samples["condition"].astype(str))
+    for name, kind in ({name: np.float32 for name in halves} | {"condition": str}).items(): samples[name] = samples[name].astype(kind)
+    return samples
 
 _NO_ROWS = pd.DataFrame({"condition": pd.Series(dtype=str)} | {
     name: pd.Series(dtype=int) for name in ("seed", "image", "label", "prediction")} | {"subset": pd.Series(dtype=bool)})
