@@ -196,7 +196,7 @@ def _read_image(path):
         with Image.open(path) as image:
             why = _objection(image)
             pixels = None if why else np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         what = "cannot be read" if getattr(error, "errno", None) else "is damaged or no image"
         raise ValueError(f"{path} {what} ({error}): replace it or take it away") from error
     if why: raise ValueError(f"{path}: {why}")
