@@ -155,8 +155,6 @@ ledger_columns = ["claim", "role", "status", "measure", "label", "kind", "study"
                   "regularizer", "family", "partner", "unit", "claimed", "low_bound", "high_bound", "effect", "low", "high",
                   "level", "p", "seeds", "missing", "verdict", "why", "detectable", "companion", "before", "after", "per_seed"]
 
-
-
 def _key(row): return row["study"], row["condition"], row["partner"]
 
 def _applied(row, first, supported):

@@ -46,7 +46,7 @@ _whole = ("the data set: all 50,000 training images in each run, which resnet8 h
           "as in cifar10-cpu, accuracy and calibration all 10,000")
 _LATER = {
     "cifar100-cpu": Registered(range(5), "regularizers", "the recipe of cifar10-confirm, and no image: nothing was run on CIFAR-100 before"),
-    "cifar10-families-cpu": Registered(range(20, 25), "regularizers", _cifar + "; one pilot of the plain net of each family on seed 90"),
+    "cifar10-families-cpu": Registered(range(20, 25), "regularizers", _cifar + "; pilots of the plain net of each family on seed 90 chose its recipe"),
     "cifar10": Registered(range(5), "regularizers", _whole),
     "cifar10-families": Registered(range(5), "regularizers", _whole),
     "cifar100": Registered(range(5), "regularizers", "the data set with cifar100-cpu, which has 10,000 of its training images")}

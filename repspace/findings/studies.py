@@ -206,11 +206,11 @@ def status(study):
 
 def registered(studies):
     """When the rules were written down, and which studies are confirmatory, as `Markdown`."""
-    known, names = preregistration.histories(), {study.name for study in studies}
+    known, first, names = preregistration.histories(), preregistration.read(), {study.name for study in studies}
     when = [Markdown("The rules ({}) for {} were written down in commit {} of {}.", of.rules, listed(there), known[there[0]].commit[:7], known[there[0]].date)
             for of in preregistration.REGISTRATIONS if (there := [name for name in of.studies if name in names and name in known])]
     if not when: when = ["No published results here say when the rules were written down, so every row is exploratory."]
-    lines = [[study.name, status(study), _judges(study.name), _seeds(study.runs["seed"]), listed(_dates(study.runs, known.get(study.name, preregistration.read()))), _shares(study.name)]
+    lines = [[study.name, status(study), _judges(study.name), _seeds(study.runs["seed"]), listed(_dates(study.runs, known.get(study.name, first))), _shares(study.name)]
              for study in studies]
     head = ["study", "rows are", "it judges", "seeds", "trained and measured by commits of", "shared with what came before"]
     return joined([joined(when, " "), markdown_table(head, lines)], "\n\n")
